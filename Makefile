@@ -1,0 +1,39 @@
+# Every target sets up what it needs by itself (tools/setup, once); nothing has to be installed by hand.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help bin serve demo test unit vllm check format long clean
+
+BIN = $(shell tools/setup)
+ARGS ?=
+
+help:
+	@echo "make serve [ARGS='--engines 2 …']  start a fleet of vLLM engines behind one OpenAI endpoint"
+	@echo "make demo    show prefix reuse, pause, and an engine's death on a running fleet, and check the tokens"
+	@echo "make test    all tests, with real vLLM engines"
+	@echo "make check   format, lint, types, architecture rules"
+	@echo "make -s bin  print the folder with python, interlock, pytest of this checkout"
+
+bin:
+	@tools/setup
+
+serve:
+	@bin="$$(tools/setup)" && exec "$$bin/interlock" serve $(ARGS)
+
+demo:
+	@bin="$$(tools/setup)" && exec "$$bin/interlock" demo $(ARGS)
+
+unit:
+	@bin="$$(tools/setup)" && exec "$$bin/pytest" -m "not vllm and not fleet and not explorer" $(ARGS)
+
+test:
+	@bin="$$(tools/setup)" && exec "$$bin/pytest" $(ARGS)
+
+check:
+	@bin="$$(tools/setup)" && "$$bin/ruff" format --check . && "$$bin/ruff" check . && "$$bin/mypy" && \
+		"$$bin/pytest" tests/test_architecture.py
+
+format:
+	@bin="$$(tools/setup)" && "$$bin/ruff" format . && "$$bin/ruff" check --fix .
+
+clean:
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

@@ -1,0 +1,192 @@
+"""What a driver may ask of the machine. `real.RealHost` answers on Linux; a simulated host answers in tests.
+
+Conventions. Seconds are floats on the monotonic clock, wall time is integer nanoseconds. Addresses are
+`unix:/path` or `tcp:host:port`. Whatever waits is awaitable, and its caller bounds it with `asyncio.timeout`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+
+T = TypeVar("T")
+
+
+class Peer(msgspec.Struct, frozen=True):
+    """Who is at the other end of a connection, in the kernel's words (SO_PEERCRED for Unix sockets)."""
+
+    address: str
+    pid: int | None = None
+    uid: int | None = None
+
+
+class Clock(Protocol):
+    def monotonic_s(self) -> float:
+        """Seconds on a clock that never steps back; its zero means nothing."""
+        ...
+
+    def wall_ns(self) -> int:
+        """Wall-clock time in nanoseconds since 1970; may step back."""
+        ...
+
+    async def sleep_s(self, seconds: float) -> None: ...
+
+
+class Watch(Protocol):
+    """Proof of one process's exit, held by pidfd: no pid that was reused can be mistaken for it."""
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def exited(self) -> bool: ...
+
+    async def wait_exited(self) -> None: ...
+
+    def kill(self) -> None:
+        """SIGKILL to exactly that process; nothing if it is gone."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Stream(Protocol):
+    """One connected byte stream. One task reads at a time; writes of several tasks do not interleave."""
+
+    @property
+    def peer(self) -> Peer: ...
+
+    async def send(self, data: bytes | bytearray | memoryview, fds: Sequence[int] = ()) -> None:
+        """All of `data`, with descriptors attached to its first byte. Raises `ConnectionError` once the stream is broken."""
+        ...
+
+    async def receive_exactly(self, count: int) -> bytes:
+        """`count` bytes; raises `EOFError` when the peer closed first, `ConnectionError` when the stream broke."""
+        ...
+
+    def take_fds(self) -> list[int]:
+        """Descriptors received so far, owned by the caller from now on."""
+        ...
+
+    def watch_peer(self) -> Watch | None:
+        """Proof of exit of the process at the other end (SO_PEERPIDFD, else pidfd_open); None where it has no pid here."""
+        ...
+
+    def close(self) -> None:
+        """Ends the stream now; a blocked reader or writer gets `ConnectionError`. Idempotent."""
+        ...
+
+
+class Listener(Protocol):
+    @property
+    def address(self) -> str: ...
+
+    async def close(self) -> None:
+        """Stops accepting, ends the connection handlers still running and removes a Unix socket's file."""
+        ...
+
+
+class Child(Protocol):
+    """A process we started, in a session and process group of its own."""
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def returncode(self) -> int | None:
+        """Exit status, negative signal number, or None while it runs."""
+        ...
+
+    async def wait(self) -> int: ...
+
+    def terminate(self) -> None: ...
+
+    async def end_tree(self, timeout_s: float) -> bool:
+        """SIGKILL to its whole process group and to every descendant that left it, until none is seen.
+
+        True when proven gone within `timeout_s`.
+        """
+        ...
+
+
+class Files(Protocol):
+    """Small state files. Bulk data does not pass here."""
+
+    def read(self, path: Path, limit_bytes: int) -> bytes | None:
+        """The whole file, or None if there is none. Raises `ValueError` when it is longer than `limit_bytes`."""
+        ...
+
+    def write_durably(self, path: Path, data: bytes) -> None:
+        """Temporary file, fsync, rename, fsync of the directory: after return a crash leaves old or new, never half."""
+        ...
+
+    def remove(self, path: Path) -> None:
+        """Removes a file or an empty directory; nothing if there is none."""
+        ...
+
+    def make_private_dir(self, path: Path) -> None:
+        """A directory of mode 0700 that we own; raises `PermissionError` if it exists and is anything else."""
+        ...
+
+
+class SharedMemory(Protocol):
+    """A memfd that is allocated, sealed against SHRINK, GROW and SEAL, and mapped MADV_DONTFORK."""
+
+    @property
+    def size_bytes(self) -> int: ...
+
+    @property
+    def view(self) -> memoryview: ...
+
+    @property
+    def fd(self) -> int:
+        """Read-write descriptor, to be handed to writers."""
+        ...
+
+    def open_read_only(self) -> int:
+        """A read-only descriptor of the same memory, to be handed to readers and closed by the caller."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Host(Protocol):
+    @property
+    def clock(self) -> Clock: ...
+
+    @property
+    def files(self) -> Files: ...
+
+    async def in_thread(self, function: Callable[..., T], *args: Any) -> T:
+        """Runs a blocking function off the loop, in a pool of bounded size."""
+        ...
+
+    async def listen(self, address: str, serve: Callable[[Stream], Awaitable[None]]) -> Listener:
+        """Serves each connection in a task of its own. Unix sockets are made mode 0600, over a dead predecessor's file."""
+        ...
+
+    async def connect(self, address: str) -> Stream:
+        """Raises `ConnectionError` (refused, absent); bounded by the caller's `asyncio.timeout`."""
+        ...
+
+    def create_memory(self, name: str, size_bytes: int) -> SharedMemory:
+        """Raises `MemoryError` with the size in words when the machine cannot back all of it now."""
+        ...
+
+    async def spawn(
+        self,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        log: Path | None,
+        pass_fds: Sequence[int] = (),
+    ) -> Child:
+        """Starts a child in a session of its own; output goes to `log`, or is inherited when None."""
+        ...
+
+    def watch(self, pid: int) -> Watch:
+        """Raises `ProcessLookupError` when there is no such process."""
+        ...

@@ -1,0 +1,1 @@
+"""Messages, framing, authentication, and the channels they travel on."""

@@ -1,0 +1,112 @@
+"""What a front and an engine say to each other: dispatches one way, tokens the other, one frame per engine step."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from interlock.core.identity import Epoch
+from interlock.core.limits import LOGPROBS_MAX, REQUESTS_IN_FLIGHT_MAX
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    pass
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Sampling parameters by vLLM's names and meanings. Stop strings are not here: text is made by the front."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    min_tokens: int = 0
+    stop_token_ids: list[int] = []
+    ignore_eos: bool = False
+    logit_bias: dict[int, float] = {}
+    logprobs: Annotated[int, msgspec.Meta(ge=0, le=LOGPROBS_MAX)] | None = None
+    """Number of alternatives reported beside the sampled token; None: no logprobs."""
+
+
+# --- front -> engine ---------------------------------------------------------------------------------------------
+
+
+class Dispatch(Message):
+    """Generate. `attempt` fences: what an earlier attempt still says is dropped by the front.
+
+    `prompt` are token ids; on a continuation the tokens already delivered stand at its end, and `sampling` is restated
+    for the remainder. `cache_salt` separates tenants and weights versions in every prefix cache.
+    """
+
+    request: str
+    attempt: int
+    epoch: Epoch
+    prompt: list[int]
+    sampling: Sampling
+    cache_salt: str
+    priority: int = 0
+
+
+class Abort(Message):
+    request: str
+    attempt: int
+
+
+class Acknowledge(Message):
+    """The end of this attempt was heard: the engine may forget the request."""
+
+    request: str
+    attempt: int
+
+
+# --- engine -> front ---------------------------------------------------------------------------------------------
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probability of the sampled token, and of the most likely ones (token id, logprob), best first."""
+
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]]
+
+
+class Delta(msgspec.Struct, frozen=True, array_like=True):
+    """New tokens of one request. `start` counts tokens of this attempt before them: a gap or a repeat shows.
+
+    `finish`: "" while it goes on, else "stop" (end token or stop id), "length", "abort", "error".
+    """
+
+    request: str
+    attempt: int
+    start: int
+    tokens: list[int]
+    logprobs: list[TokenLogprobs]
+    finish: str
+    cached_tokens: int
+    """Prompt tokens whose KV was reused, from whatever cache; meaningful from the first delta on."""
+    detail: str = ""
+    """For "error": what happened, in words. For "stop": the stop token id, if one ended it."""
+
+
+class Tokens(Message):
+    deltas: Annotated[list[Delta], msgspec.Meta(max_length=REQUESTS_IN_FLIGHT_MAX)]
+
+
+class Refused(Message):
+    """This dispatch was not begun. `code`: "stale_epoch", "not_running", "invalid", "overloaded"."""
+
+    request: str
+    attempt: int
+    code: str
+    message: str
+    epoch: Epoch
+
+
+FromFront = Dispatch | Abort | Acknowledge
+FromEngine = Tokens | Refused

@@ -1,0 +1,167 @@
+"""What coordinator, engines, fronts, the supervisor and administrators say to each other.
+
+Desired state and actual state are levels: both are repeated until the other side's words show that they were heard.
+States and commands are spelled as in `core/lifecycle`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from interlock.core.identity import Epoch
+from interlock.core.limits import HOLDS_MAX, MEMBERS_MAX, NAME_CHARS_MAX
+
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=NAME_CHARS_MAX)]
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    pass
+
+
+# --- engine -> coordinator ---------------------------------------------------------------------------------------
+
+
+class EngineFacts(msgspec.Struct, frozen=True):
+    """What does not change in an engine's life; fronts need it to route and to validate."""
+
+    address: str
+    """Where fronts connect."""
+    model: str
+    """Identity of the weights' content and configuration; equal models give equal tokens."""
+    max_model_tokens: int
+    engine: str
+    """Kind: "vllm", "transformers"."""
+    capabilities: list[str] = []
+
+
+class Load(msgspec.Struct, frozen=True):
+    running: int = 0
+    waiting: int = 0
+    kv_used_share: float = 0.0
+
+
+class MemberReport(Message):
+    """This is what I am. Sent on every change and at every heartbeat; the first one registers the member.
+
+    `epoch` is the highest this member has heard; `standing` is the epoch of the target it has reached, as a whole.
+    """
+
+    facts: EngineFacts
+    state: str
+    epoch: Epoch
+    standing: Epoch | None
+    version: str | None
+    """Weights version, None while unknown (a failed or interrupted update)."""
+    load: Load = Load()
+
+
+# --- coordinator -> engine ---------------------------------------------------------------------------------------
+
+
+class Hold(msgspec.Struct, frozen=True):
+    """Somebody's wish that the fleet stay paused. `deadline_s` is on the coordinator's monotonic clock, None: no end."""
+
+    owner: Name
+    mode: str
+    deadline_s: float | None = None
+
+
+class Target(Message):
+    """Be so. Repeated until the member's report repeats the epoch."""
+
+    epoch: Epoch
+    state: str
+    mode: str
+    version: str
+    holds: Annotated[list[Hold], msgspec.Meta(max_length=HOLDS_MAX)] = []
+
+
+# --- front <-> coordinator ---------------------------------------------------------------------------------------
+
+
+class WatchMembership(Message):
+    """Send me `Membership` now, on each change and at every heartbeat."""
+
+
+class Member(msgspec.Struct, frozen=True):
+    """One member as the coordinator sees it. `state` is the member's own word, or SUSPECT or LOST."""
+
+    name: Name
+    incarnation: int
+    facts: EngineFacts
+    state: str
+    standing: bool
+    version: str | None
+    load: Load = Load()
+
+
+class Membership(Message):
+    epoch: Epoch
+    target: str
+    version: str
+    holds: Annotated[list[Hold], msgspec.Meta(max_length=HOLDS_MAX)]
+    members: Annotated[list[Member], msgspec.Meta(max_length=MEMBERS_MAX)]
+
+
+# --- launcher -> coordinator -------------------------------------------------------------------------------------
+
+
+class MemberGone(Message):
+    """All processes of this member's life are proven ended. Final for that incarnation."""
+
+    name: Name
+    incarnation: int
+    """0: every life of it so far."""
+
+
+# --- administrators -> coordinator -------------------------------------------------------------------------------
+
+
+class Command(Message):
+    """One of PAUSE, UNPAUSE, STOP (…). Repeating (owner, command_id) repeats the answer.
+
+    Answered at once by `CommandAccepted` or a `Fault`; then `CommandProgress` until `done`.
+    """
+
+    command: str
+    owner: Name
+    command_id: str
+    mode: str = "keep"
+    timeout_s: float = 60.0
+    hold_seconds: float | None = None
+    allow_unknown: bool = False
+    break_hold_of: str | None = None
+
+
+class CommandAccepted(Message):
+    epoch: Epoch
+
+
+class MemberProgress(msgspec.Struct, frozen=True):
+    """`outcome`: "waiting", "standing", "gone" or "unknown"."""
+
+    name: Name
+    incarnation: int
+    state: str
+    outcome: str
+
+
+class CommandProgress(Message):
+    epoch: Epoch
+    members: Annotated[list[MemberProgress], msgspec.Meta(max_length=MEMBERS_MAX)]
+    done: bool
+    ok: bool
+    message: str
+
+
+class GetStatus(Message):
+    pass
+
+
+FromEngine = MemberReport
+FromFront = WatchMembership
+FromAdmin = Command | GetStatus | MemberGone
+ToCoordinator = MemberReport | WatchMembership | MemberGone | Command | GetStatus
+FromCoordinator = Target | Membership | CommandAccepted | CommandProgress
