@@ -24,7 +24,18 @@ ARROWS: dict[str, set[str]] = {
     "engines": {"snapshots", "text", "store", "transfer", "membership", "wire", "telemetry", "host"},
     "web": {"fleet", "text", "wire", "telemetry", "host"},
     "checking": set(),
-    "testing": {"fleet", "engines", "store", "snapshots", "transfer", "membership", "wire", "telemetry", "host", "checking"},
+    "testing": {
+        "fleet",
+        "engines",
+        "store",
+        "snapshots",
+        "transfer",
+        "membership",
+        "wire",
+        "telemetry",
+        "host",
+        "checking",
+    },
 }
 CORE_MAY_IMPORT = {
     "__future__", "abc", "bisect", "collections", "dataclasses", "enum", "functools", "hashlib", "heapq", "itertools",
@@ -77,7 +88,10 @@ def report(faults: list[str]) -> None:
 
 
 def test_every_package_has_its_row() -> None:
-    packages = {p.name for p in SOURCE.iterdir() if p.is_dir() and any(p.glob("*.py"))} - {"cli", "__pycache__"}
+    packages = {p.name for p in SOURCE.iterdir() if p.is_dir() and any(p.glob("*.py"))} - {
+        "cli",
+        "__pycache__",
+    }
     assert packages <= set(ARROWS), packages - set(ARROWS)
 
 
@@ -104,7 +118,8 @@ def test_core_imports_only_what_is_pure(trees: dict[Path, ast.Module]) -> None:
         faults += [
             f"{path}:{line}: core must not import {name}"
             for name, line in imports(tree)
-            if name.split(".")[0] not in CORE_MAY_IMPORT or (name.startswith("interlock.") and not name.startswith("interlock.core"))
+            if name.split(".")[0] not in CORE_MAY_IMPORT
+            or (name.startswith("interlock.") and not name.startswith("interlock.core"))
         ]
     report(faults)
 
@@ -115,18 +130,28 @@ def test_heavy_packages_stay_in_their_rooms(trees: dict[Path, ast.Module]) -> No
         where = path.relative_to(SOURCE).as_posix()
         if any(where.startswith(room + "/") for room in HEAVY_IN):
             continue
-        faults += [f"{path}:{line}: {name} does not belong here" for name, line in imports(tree) if name.split(".")[0] in HEAVY]
+        faults += [
+            f"{path}:{line}: {name} does not belong here"
+            for name, line in imports(tree)
+            if name.split(".")[0] in HEAVY
+        ]
     report(faults)
 
 
 def test_nothing_unpickles_or_evaluates(trees: dict[Path, ast.Module]) -> None:
     faults = []
     for path, tree in trees.items():
-        faults += [f"{path}:{line}: {name} is unsafe on outside input" for name, line in imports(tree) if name.split(".")[0] in UNSAFE]
+        faults += [
+            f"{path}:{line}: {name} is unsafe on outside input"
+            for name, line in imports(tree)
+            if name.split(".")[0] in UNSAFE
+        ]
         faults += [
             f"{path}:{node.lineno}: {node.func.id}() runs what it reads"
             for node in ast.walk(tree)
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec")
+            if isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id in ("eval", "exec")
         ]
     report(faults)
 
@@ -136,7 +161,11 @@ def test_the_machine_is_reached_through_the_host_alone(trees: dict[Path, ast.Mod
     for path, tree in trees.items():
         if package_of(path) in SEAM_FREE:
             continue
-        faults += [f"{path}:{line}: {name} is used by host/ alone" for name, line in imports(tree) if name.split(".")[0] in SEAM]
+        faults += [
+            f"{path}:{line}: {name} is used by host/ alone"
+            for name, line in imports(tree)
+            if name.split(".")[0] in SEAM
+        ]
         for node in ast.walk(tree):
             if not isinstance(node, ast.Call):
                 continue
@@ -148,7 +177,9 @@ def test_the_machine_is_reached_through_the_host_alone(trees: dict[Path, ast.Mod
                 and isinstance(function.value, ast.Name)
                 and (function.value.id, function.attr) in SEAM_CALLS
             ):
-                faults.append(f"{path}:{node.lineno}: {function.value.id}.{function.attr} is used by host/ alone")
+                faults.append(
+                    f"{path}:{node.lineno}: {function.value.id}.{function.attr} is used by host/ alone"
+                )
     report(faults)
 
 
@@ -159,6 +190,7 @@ def test_heavy_packages_are_not_imported_by_the_command_line_at_start(trees: dic
         if package_of(path) == "cli"
         for name, line in top_level(tree)
         if name.split(".")[0] in HEAVY | {"starlette", "uvicorn", "tokenizers", "numpy"}
-        or name.split(".")[:2] in (["interlock", "engines"], ["interlock", "connectors"], ["interlock", "web"])
+        or name.split(".")[:2]
+        in (["interlock", "engines"], ["interlock", "connectors"], ["interlock", "web"])
     ]
     report(faults)

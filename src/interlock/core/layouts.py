@@ -42,7 +42,9 @@ class KVLayout(msgspec.Struct, frozen=True, kw_only=True):
         if self.dtype not in ITEM_BYTES:
             raise ValueError(f"KV dtype {self.dtype!r} is not one of {', '.join(ITEM_BYTES)}")
         if not (0 < self.layers <= LAYERS_MAX and 0 < self.heads <= HEADS_MAX):
-            raise ValueError(f"a KV block of {self.layers} layers and {self.heads} heads is outside the limits")
+            raise ValueError(
+                f"a KV block of {self.layers} layers and {self.heads} heads is outside the limits"
+            )
         if self.block_tokens <= 0 or self.content <= 0:
             raise ValueError("a KV block has at least one token and one element")
 
@@ -91,7 +93,10 @@ def tiles(shards: Sequence[Shard], *, layers: int, heads: int) -> bool:
     """Whether the shards cover every (layer, head) of a block exactly once."""
     inside = all(
         shard.area == 0
-        or (0 <= shard.layer_start < shard.layer_stop <= layers and 0 <= shard.head_start < shard.head_stop <= heads)
+        or (
+            0 <= shard.layer_start < shard.layer_stop <= layers
+            and 0 <= shard.head_start < shard.head_stop <= heads
+        )
         for shard in shards
     )
     disjoint = not any(a.overlaps(b) for i, a in enumerate(shards) for b in shards[i + 1 :])

@@ -37,7 +37,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 # --- front -> engine ---------------------------------------------------------------------------------------------
 
 
-class Dispatch(Message):
+class Dispatch(Message, frozen=True):
     """Generate. `attempt` fences: what an earlier attempt still says is dropped by the front.
 
     `prompt` are token ids; on a continuation the tokens already delivered stand at its end, and `sampling` is restated
@@ -53,12 +53,12 @@ class Dispatch(Message):
     priority: int = 0
 
 
-class Abort(Message):
+class Abort(Message, frozen=True):
     request: str
     attempt: int
 
 
-class Acknowledge(Message):
+class Acknowledge(Message, frozen=True):
     """The end of this attempt was heard: the engine may forget the request."""
 
     request: str
@@ -94,11 +94,11 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     """For "error": what happened, in words. For "stop": the stop token id, if one ended it."""
 
 
-class Tokens(Message):
+class Tokens(Message, frozen=True):
     deltas: Annotated[list[Delta], msgspec.Meta(max_length=REQUESTS_IN_FLIGHT_MAX)]
 
 
-class Refused(Message):
+class Refused(Message, frozen=True):
     """This dispatch was not begun. `code`: "stale_epoch", "not_running", "invalid", "overloaded"."""
 
     request: str

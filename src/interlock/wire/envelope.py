@@ -5,7 +5,6 @@ from __future__ import annotations
 import msgspec
 
 
-
 class Envelope(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """The header of one frame. `body` is decoded only after the header was judged: stale senders cost nothing.
 

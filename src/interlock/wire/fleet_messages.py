@@ -42,7 +42,7 @@ class Load(msgspec.Struct, frozen=True):
     kv_used_share: float = 0.0
 
 
-class MemberReport(Message):
+class MemberReport(Message, frozen=True):
     """This is what I am. Sent on every change and at every heartbeat; the first one registers the member.
 
     `epoch` is the highest this member has heard; `standing` is the epoch of the target it has reached, as a whole.
@@ -68,7 +68,7 @@ class Hold(msgspec.Struct, frozen=True):
     deadline_s: float | None = None
 
 
-class Target(Message):
+class Target(Message, frozen=True):
     """Be so. Repeated until the member's report repeats the epoch."""
 
     epoch: Epoch
@@ -81,7 +81,7 @@ class Target(Message):
 # --- front <-> coordinator ---------------------------------------------------------------------------------------
 
 
-class WatchMembership(Message):
+class WatchMembership(Message, frozen=True):
     """Send me `Membership` now, on each change and at every heartbeat."""
 
 
@@ -97,7 +97,7 @@ class Member(msgspec.Struct, frozen=True):
     load: Load = Load()
 
 
-class Membership(Message):
+class Membership(Message, frozen=True):
     epoch: Epoch
     target: str
     version: str
@@ -108,7 +108,7 @@ class Membership(Message):
 # --- launcher -> coordinator -------------------------------------------------------------------------------------
 
 
-class MemberGone(Message):
+class MemberGone(Message, frozen=True):
     """All processes of this member's life are proven ended. Final for that incarnation."""
 
     name: Name
@@ -119,7 +119,7 @@ class MemberGone(Message):
 # --- administrators -> coordinator -------------------------------------------------------------------------------
 
 
-class Command(Message):
+class Command(Message, frozen=True):
     """One of PAUSE, UNPAUSE, STOP (…). Repeating (owner, command_id) repeats the answer.
 
     Answered at once by `CommandAccepted` or a `Fault`; then `CommandProgress` until `done`.
@@ -135,7 +135,7 @@ class Command(Message):
     break_hold_of: str | None = None
 
 
-class CommandAccepted(Message):
+class CommandAccepted(Message, frozen=True):
     epoch: Epoch
 
 
@@ -148,7 +148,7 @@ class MemberProgress(msgspec.Struct, frozen=True):
     outcome: str
 
 
-class CommandProgress(Message):
+class CommandProgress(Message, frozen=True):
     epoch: Epoch
     members: Annotated[list[MemberProgress], msgspec.Meta(max_length=MEMBERS_MAX)]
     done: bool
@@ -156,7 +156,7 @@ class CommandProgress(Message):
     message: str
 
 
-class GetStatus(Message):
+class GetStatus(Message, frozen=True):
     pass
 
 

@@ -25,7 +25,7 @@ class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True)
 # --- from clients ------------------------------------------------------------------------------------------------
 
 
-class Attach(Message):
+class Attach(Message, frozen=True):
     """I am rank `rank` of `ranks` of `engine` in that engine's life, or its scheduler (`rank` None); I use this layout.
 
     Answered by `Attached`; to a rank the slab's descriptor travels with the answer (read-write), to a scheduler none.
@@ -41,13 +41,13 @@ class Attach(Message):
     """The rectangle of each block that this rank holds and writes; empty where a lower rank holds the same heads."""
 
 
-class Match(Message):
+class Match(Message, frozen=True):
     """How long a prefix of `keys` can be read here, and where."""
 
     keys: Keys
 
 
-class StartWrite(Message):
+class StartWrite(Message, frozen=True):
     """Begin a write session for those of `keys` that are missing. Repeating (session, attempt) repeats the answer.
 
     `parents[i]` is the key before `keys[i]` in its chain, or empty bytes for a first block.
@@ -59,7 +59,7 @@ class StartWrite(Message):
     parents: Annotated[list[bytes], msgspec.Meta(max_length=BLOCKS_PER_CALL_MAX)]
 
 
-class Report(Message):
+class Report(Message, frozen=True):
     """I will not touch the slots of this session again; this is what became of each granted block, in grant order.
 
     `checksums[i]` covers what this rank wrote of block i (empty where `good[i]` is false).
@@ -74,30 +74,30 @@ class Report(Message):
     checksums: Annotated[list[Checksums], msgspec.Meta(max_length=BLOCKS_PER_CALL_MAX)]
 
 
-class AbortWrite(Message):
+class AbortWrite(Message, frozen=True):
     session: str
     attempt: int
 
 
-class Withdraw(Message):
+class Withdraw(Message, frozen=True):
     """Loads of these blocks failed their check at these slots: forget them, if they still stand there."""
 
     keys: Keys
     slots: Annotated[list[int], msgspec.Meta(max_length=BLOCKS_PER_CALL_MAX)]
 
 
-class GetStats(Message):
+class GetStats(Message, frozen=True):
     pass
 
 
-class Clear(Message):
+class Clear(Message, frozen=True):
     """Administrator's verb: forget every published block that nobody is writing."""
 
 
 # --- from the node -----------------------------------------------------------------------------------------------
 
 
-class Attached(Message):
+class Attached(Message, frozen=True):
     slab: int
     slab_bytes: int
     slot_bytes: int
@@ -111,7 +111,7 @@ class Location(msgspec.Struct, frozen=True, array_like=True):
     checksums: Checksums
 
 
-class Matched(Message):
+class Matched(Message, frozen=True):
     """The first `len(locations)` keys can be read. `slab` says of which slab the slots are."""
 
     slab: int
@@ -125,20 +125,20 @@ class Grant(msgspec.Struct, frozen=True, array_like=True):
     slot: int
 
 
-class WriteStarted(Message):
+class WriteStarted(Message, frozen=True):
     """What may be written. `grants` empty: all present or under way elsewhere, and no session was begun."""
 
     slab: int
     grants: Annotated[list[Grant], msgspec.Meta(max_length=BLOCKS_PER_CALL_MAX)]
 
 
-class Done(Message):
+class Done(Message, frozen=True):
     """Heard and done. `count` says how many things it concerned."""
 
     count: int = 0
 
 
-class Stats(Message):
+class Stats(Message, frozen=True):
     """Counters and gauges of the node by metric name (docs/operations lists them)."""
 
     values: dict[str, float]
