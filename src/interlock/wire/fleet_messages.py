@@ -34,6 +34,8 @@ class EngineFacts(msgspec.Struct, frozen=True):
     engine: str
     """Kind: "vllm", "transformers"."""
     capabilities: list[str] = []
+    pid: int = 0
+    """Process id of the engine's runner on its own host, for the operator's eyes; proof of exit never rests on it."""
 
 
 class Load(msgspec.Struct, frozen=True):
