@@ -6,7 +6,11 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--no-skips", action="store_true", help="a skipped test fails the run (CI: nothing is left out in silence)")
+    parser.addoption(
+        "--no-skips",
+        action="store_true",
+        help="a skipped test fails the run (CI: nothing is left out in silence)",
+    )
 
 
 class NoSkips:

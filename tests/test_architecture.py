@@ -38,8 +38,8 @@ ARROWS: dict[str, set[str]] = {
     },
 }
 CORE_MAY_IMPORT = {
-    "__future__", "abc", "bisect", "collections", "dataclasses", "enum", "functools", "hashlib", "heapq", "itertools",
-    "math", "msgspec", "operator", "string", "types", "typing", "interlock",
+    "__future__", "abc", "array", "bisect", "collections", "dataclasses", "enum", "functools", "hashlib", "heapq", "itertools",
+    "math", "msgspec", "operator", "string", "struct", "types", "typing", "interlock",
 }  # fmt: skip
 HEAVY = {"torch", "vllm", "transformers", "ray", "nixl"}
 HEAVY_IN = {"engines", "connectors", "snapshots", "transfer/lanes", "fleet/launchers"}

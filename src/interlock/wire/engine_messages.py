@@ -65,6 +65,25 @@ class Acknowledge(Message, frozen=True):
     attempt: int
 
 
+class Cursor(msgspec.Struct, frozen=True, array_like=True):
+    """How much of one stream the front holds: the first `start` tokens of this attempt."""
+
+    request: str
+    attempt: int
+    start: int
+
+
+class Resume(Message, frozen=True):
+    """First message of a front on each connection: every stream that it still wants from this engine.
+
+    The engine goes on with each from its `start`, on this connection; one that it does not know it answers with
+    `Refused` "unknown". Whatever else it runs for a front of this name is aborted and forgotten: a level, so neither an
+    abort nor an acknowledgement can be lost with a connection.
+    """
+
+    streams: Annotated[list[Cursor], msgspec.Meta(max_length=REQUESTS_IN_FLIGHT_MAX)]
+
+
 # --- engine -> front ---------------------------------------------------------------------------------------------
 
 
@@ -99,7 +118,7 @@ class Tokens(Message, frozen=True):
 
 
 class Refused(Message, frozen=True):
-    """This dispatch was not begun. `code`: "stale_epoch", "not_running", "invalid", "overloaded"."""
+    """This dispatch was not begun. `code`: "stale_epoch", "not_running", "invalid", "overloaded", "unknown" (answers `Resume`)."""
 
     request: str
     attempt: int
@@ -108,5 +127,5 @@ class Refused(Message, frozen=True):
     epoch: Epoch
 
 
-FromFront = Dispatch | Abort | Acknowledge
+FromFront = Dispatch | Abort | Acknowledge | Resume
 FromEngine = Tokens | Refused

@@ -17,6 +17,8 @@ class Envelope(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
     number: int
     answers: int
     body: msgspec.Raw
+    fds: int = 0
+    """Descriptors that came with this frame: the kernel says only that they arrived no later than its first byte."""
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -26,6 +28,8 @@ class Hello(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     role: str
     attempt: int
     token: bytes = b""
+    life: bytes = b""
+    """Drawn at random by each process: two that claim one name and incarnation differ here (hazards E3)."""
 
 
 class Welcome(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):

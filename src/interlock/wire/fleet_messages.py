@@ -57,6 +57,11 @@ class MemberReport(Message, frozen=True):
     version: str | None
     """Weights version, None while unknown (a failed or interrupted update)."""
     load: Load = Load()
+    heard: Target | None = None
+    """The target of the highest epoch heard, with its holds: what a coordinator that lost its state recovers from, and
+    the answer to a lower epoch."""
+    failed: str | None = None
+    """Why the last step towards `epoch` failed; it is not repeated before a higher epoch."""
 
 
 # --- coordinator -> engine ---------------------------------------------------------------------------------------
@@ -135,6 +140,10 @@ class Command(Message, frozen=True):
     hold_seconds: float | None = None
     allow_unknown: bool = False
     break_hold_of: str | None = None
+    version: str | None = None
+    """UPDATE, START: which weights."""
+    composite: bool = False
+    """STOP from RUNNING: pause first, then stop, though the client may be gone by then."""
 
 
 class CommandAccepted(Message, frozen=True):
@@ -142,7 +151,7 @@ class CommandAccepted(Message, frozen=True):
 
 
 class MemberProgress(msgspec.Struct, frozen=True):
-    """`outcome`: "waiting", "standing", "gone" or "unknown"."""
+    """`outcome`: "waiting", "standing", "gone", "unknown" or "failed"."""
 
     name: Name
     incarnation: int

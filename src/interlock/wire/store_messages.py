@@ -39,6 +39,8 @@ class Attach(Message, frozen=True):
     layout: KVLayout
     shard: Shard | None = None
     """The rectangle of each block that this rank holds and writes; empty where a lower rank holds the same heads."""
+    writes: bool = True
+    """False: this rank only reads. It gets a read-only descriptor and its engine is never granted a write."""
 
 
 class Match(Message, frozen=True):
@@ -75,8 +77,15 @@ class Report(Message, frozen=True):
 
 
 class AbortWrite(Message, frozen=True):
+    """End this session: nothing of it is published any more. Its slots stay taken until its ranks reported or are gone.
+
+    `never_given` is the scheduler's promise that no rank was or will be told of the slots (it gave up waiting for the
+    answer that named them): they are free at once.
+    """
+
     session: str
     attempt: int
+    never_given: bool = False
 
 
 class Withdraw(Message, frozen=True):

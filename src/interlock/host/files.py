@@ -1,0 +1,81 @@
+"""Small state files that survive a crash whole, logs that are only appended to, and private directories."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from pathlib import Path
+
+
+class RealFiles:
+    """`Files` on a POSIX file system. Calls block for as long as the disk does."""
+
+    def read(self, path: Path, limit_bytes: int) -> bytes | None:
+        try:
+            with open(path, "rb") as file:
+                data = file.read(limit_bytes + 1)
+        except FileNotFoundError:
+            return None
+        if len(data) > limit_bytes:
+            raise ValueError(f"{path} is longer than the {limit_bytes} bytes that are read of such a file")
+        return data
+
+    def write_durably(self, path: Path, data: bytes) -> None:
+        # A name of its own for each writer: two that meet must not write into one file.
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            with open(fd, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.rename(temporary, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+            raise
+        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+    def remove(self, path: Path) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                os.unlink(path)
+            except (IsADirectoryError, PermissionError):
+                os.rmdir(path)
+
+    def make_private_dir(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+        found = os.lstat(path)
+        if (
+            not stat.S_ISDIR(found.st_mode)
+            or found.st_uid != os.geteuid()
+            or stat.S_IMODE(found.st_mode) & 0o077
+        ):
+            raise PermissionError(
+                f"{path} must be a directory of ours that nobody else may enter; chmod 700 it or name another"
+            )
+
+
+class AppendFile:
+    """Lines appended to one file, each by one write, so that lines of several processes do not mix."""
+
+    def __init__(self, path: Path) -> None:
+        self._fd: int | None = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+
+    def append(self, line: bytes) -> None:
+        """Raises `OSError` (disk full) and `ValueError` after `close`."""
+        if self._fd is None:
+            raise ValueError("this file is closed")
+        os.write(self._fd, line + b"\n")
+
+    def close(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
