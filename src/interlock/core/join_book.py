@@ -1,0 +1,143 @@
+"""The joins one node owns: where an event finds its join, and how many unfinished stories a node will keep.
+
+A mutable collection under the bans of core (no clock, no I/O). The rules of one join are core/joins; here stand only the
+bounds between joins: so many open, so many early reports, so many tombstones (oldest forgotten first).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from interlock.core.errors import LocalProtocolError, RemoteProtocolError
+from interlock.core.joins import (
+    Abort,
+    Effect,
+    Forget,
+    Join,
+    JoinName,
+    Open,
+    Phase,
+    RankLost,
+    Report,
+    Tick,
+    transition,
+)
+from interlock.core.limits import EARLY_REPORTS_MAX, JOINS_PER_NODE_MAX, TOMBSTONES_MAX
+
+
+class JoinBook:
+    """All joins of a node by name. Every method returns the effects of what it was told."""
+
+    def __init__(
+        self,
+        *,
+        joins_max: int = JOINS_PER_NODE_MAX,
+        early_reports_max: int = EARLY_REPORTS_MAX,
+        tombstones_max: int = TOMBSTONES_MAX,
+    ) -> None:
+        self._joins_max = joins_max
+        self._early_reports_max = early_reports_max
+        self._tombstones_max = tombstones_max
+        self._early: dict[JoinName, Join] = {}
+        self._open: dict[JoinName, Join] = {}
+        self._finished: dict[JoinName, Join] = {}
+        self._early_reports = 0
+
+    def __len__(self) -> int:
+        return len(self._early) + len(self._open) + len(self._finished)
+
+    def __iter__(self) -> Iterator[Join]:
+        yield from self._early.values()
+        yield from self._open.values()
+        yield from self._finished.values()
+
+    def get(self, name: JoinName) -> Join | None:
+        return self._open.get(name) or self._early.get(name) or self._finished.get(name)
+
+    @property
+    def open_count(self) -> int:
+        return len(self._open)
+
+    @property
+    def early_reports(self) -> int:
+        return self._early_reports
+
+    def handle(self, event: Open | Report | RankLost | Abort) -> tuple[Effect, ...]:
+        """Tells the join that `event` names. Raises as `joins.transition` does, or when a bound is met; changes nothing then.
+
+        The loss of a rank concerns only joins that are known: one opened later is opened with ranks that live.
+        """
+        known = self.get(event.join)
+        if known is None:
+            if isinstance(event, RankLost):
+                return ()
+            known = Join(event.join)
+        self._check_bounds(known, event)
+        after, effects = transition(known, event)
+        if after is not known:
+            self._put(after)
+        return effects
+
+    def tick(self, now_s: float) -> tuple[Effect, ...]:
+        """Lets time pass for every join: deadlines, early reports nobody claimed, tombstones."""
+        event = Tick(now_s)
+        heard: list[Effect] = []
+        for join in list(self):
+            after, effects = transition(join, event)
+            if any(isinstance(effect, Forget) for effect in effects):
+                self._drop(join)
+            elif after is not join:
+                self._put(after)
+            heard.extend(effects)
+        return tuple(heard)
+
+    def check_integrity(self) -> None:
+        """Raises `AssertionError` when a bound or a count is broken."""
+        assert len(self._open) <= self._joins_max
+        assert len(self._finished) <= self._tombstones_max
+        assert self._early_reports == sum(len(join.reports) for join in self._early.values())
+        assert len(self._early) <= self._early_reports <= self._early_reports_max
+        assert all(join.phase is Phase.EARLY for join in self._early.values())
+        assert all(join.phase is Phase.OPEN for join in self._open.values())
+
+    def _check_bounds(self, join: Join, event: Open | Report | RankLost | Abort) -> None:
+        if isinstance(event, Open) and join.phase is Phase.EARLY and len(self._open) >= self._joins_max:
+            raise LocalProtocolError(
+                f"join {event.join} is not opened: {len(self._open)} joins are open, which is the limit",
+                retryable=True,
+                hint="wait for some of them to end",
+                join=str(event.join),
+            )
+        if (
+            isinstance(event, Report)
+            and join.phase is Phase.EARLY
+            and self._early_reports >= self._early_reports_max
+            and join.report_of(event.rank) is None
+        ):
+            raise RemoteProtocolError(
+                f"rank {event.rank} reports to join {event.join}, which is not open, and {self._early_reports} such "
+                "reports are kept already, which is the limit",
+                retryable=True,
+                hint="report again once the join is open",
+                join=str(event.join),
+                rank=event.rank,
+            )
+
+    def _put(self, join: Join) -> None:
+        self._drop(join)
+        if join.phase is Phase.EARLY:
+            self._early[join.name] = join
+            self._early_reports += len(join.reports)
+        elif join.phase is Phase.OPEN:
+            self._open[join.name] = join
+        else:
+            self._finished[join.name] = join
+            if len(self._finished) > self._tombstones_max:
+                del self._finished[next(iter(self._finished))]
+
+    def _drop(self, join: Join) -> None:
+        early = self._early.pop(join.name, None)
+        if early is not None:
+            self._early_reports -= len(early.reports)
+        self._open.pop(join.name, None)
+        self._finished.pop(join.name, None)

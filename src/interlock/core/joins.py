@@ -1,0 +1,454 @@
+"""Joins: many ranks write (or load) their shard of some blocks; one answer comes out, once, whatever order they speak in.
+
+What can go wrong. In alibaba/tair-kvcache the scheduler said *start* on one socket and each rank *finished* on its own;
+a *finished* that overtook its *start* met `assert save_id in running_save` and killed the thread that served every later
+save and load (#208). The repair kept early reports, without a bound: a repeat that came after completion was kept as an
+early report for ever. It joined by *counting* ranks, so rank 5 of 2 completed a join; a list of the wrong length killed
+the thread; of several ranks that failed blocks of a load only the last to arrive was believed, so the engine decoded from
+garbage; and a rank that died was waited for without end.
+
+Why it cannot here.
+* A join is named by (session, attempt), never by a block key: a report can only meet the join it was made for.
+* A report before its `Open` makes the join EARLY and is merged when the `Open` comes. EARLY joins end by themselves
+  (EARLY_REPORT_SECONDS_MAX), and core/join_book bounds their number.
+* The join ends when the *shards* reported good tile each block exactly once, not when so many messages came. The shards
+  tile by construction (`Open` is refused otherwise), so a block is good exactly if every rank that writes reported it
+  good: AND. In a load every rank fills its own memory: a block failed if it failed on any rank, the union.
+* The first report of a rank counts. A repeat changes nothing; one that differs is named (`Contradicted`), and changes
+  nothing either.
+* A rank outside the group and an outcome of the wrong length are refused naming both; the join goes on unharmed.
+* It ends once: `Completed`, or `Failed` naming the ranks that are missing, by a lost rank, an abort or the deadline. What
+  comes later meets a tombstone, which is forgotten in its turn (TOMBSTONE_SECONDS_MAX).
+
+What a join does not say: that memory is free. A load's blocks may be touched until every rank reported, and a write's
+slots until every process that got them promised (core/sessions).
+
+Time enters as `Tick`: the first tick that an EARLY or finished join meets starts its clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Any, NoReturn
+
+import msgspec
+
+from interlock.core.errors import LocalProtocolError, RemoteProtocolError
+from interlock.core.layouts import Shard, tiles
+from interlock.core.limits import (
+    BLOCKS_PER_CALL_MAX,
+    EARLY_REPORT_SECONDS_MAX,
+    RANKS_MAX,
+    TOMBSTONE_SECONDS_MAX,
+)
+
+Outcome = tuple[bool, ...]
+"""What became of each block of the join on one rank, in the order of the grant; empty from a rank that writes none."""
+Checksums = tuple[tuple[int, ...], ...]
+"""For each block of the join one checksum per KV head; empty where checksums do not matter (loads, aborted work)."""
+
+
+class JoinName(msgspec.Struct, frozen=True, array_like=True):
+    session: str
+    attempt: int
+
+    def __str__(self) -> str:
+        return f"{self.session}#{self.attempt}"
+
+
+class Phase(StrEnum):
+    EARLY = "EARLY"
+    OPEN = "OPEN"
+    COMPLETED = "COMPLETED"
+    FAILED = "FAILED"
+
+
+class Kind(StrEnum):
+    SAVE = "save"
+    LOAD = "load"
+
+
+# --- events ------------------------------------------------------------------------------------------------------
+
+
+class Open(msgspec.Struct, frozen=True):
+    """Join what the ranks report of `blocks` blocks. `shards[r]` is what rank r writes (save) or fills (load).
+
+    `layers` and `heads` are those of the whole block. Repeating an `Open` word for word changes
+    nothing; another `Open` of the same name is refused.
+    """
+
+    join: JoinName
+    blocks: int
+    shards: tuple[Shard, ...]
+    layers: int
+    heads: int
+    deadline_s: float
+    kind: Kind = Kind.SAVE
+
+
+class Report(msgspec.Struct, frozen=True):
+    """Rank `rank` will not touch these blocks again; this is what became of them there."""
+
+    join: JoinName
+    rank: int
+    good: Outcome
+    checksums: Checksums = ()
+
+
+class RankLost(msgspec.Struct, frozen=True):
+    """The exit of this rank is proven. What it reported before stands."""
+
+    join: JoinName
+    rank: int
+
+
+class Abort(msgspec.Struct, frozen=True):
+    """Nobody wants the outcome any more."""
+
+    join: JoinName
+
+
+class Tick(msgspec.Struct, frozen=True):
+    """It is `now_s` on the monotonic clock."""
+
+    now_s: float
+
+
+Event = Open | Report | RankLost | Abort | Tick
+
+
+# --- effects -----------------------------------------------------------------------------------------------------
+
+
+class Completed(msgspec.Struct, frozen=True):
+    """`good[i]`: every rank that had to do with block i did it. `checksums[i]`: those of its heads, in head order."""
+
+    join: JoinName
+    good: Outcome
+    checksums: Checksums
+
+
+class Failed(msgspec.Struct, frozen=True):
+    """No block of this join is good. `missing`: the ranks that had to report and did not."""
+
+    join: JoinName
+    reason: str
+    missing: tuple[int, ...]
+
+    def __str__(self) -> str:
+        ranks = ", ".join(map(str, self.missing)) or "none"
+        return f"join {self.join} failed: {self.reason}; no report from ranks: {ranks}"
+
+
+class Contradicted(msgspec.Struct, frozen=True):
+    """A rank reported twice and differently. The first report stands; count it, for the rank is defective."""
+
+    join: JoinName
+    rank: int
+
+
+class Refused(msgspec.Struct, frozen=True):
+    """An early report turned out to be impossible once the join was opened. It was dropped, the join goes on."""
+
+    join: JoinName
+    rank: int
+    reason: str
+
+
+class Forget(msgspec.Struct, frozen=True):
+    """This join will not be heard of again: drop it."""
+
+    join: JoinName
+
+
+Effect = Completed | Failed | Contradicted | Refused | Forget
+
+
+# --- state -------------------------------------------------------------------------------------------------------
+
+
+class Join(msgspec.Struct, frozen=True):
+    """One join. Begins EARLY, knowing only its name."""
+
+    name: JoinName
+    phase: Phase = Phase.EARLY
+    opened: Open | None = None
+    reports: tuple[Report, ...] = ()
+    """First report per rank, in rank order, so that equal knowledge is an equal state. Kept after the end too: a repeat
+    is told from a contradiction by them."""
+    lost: tuple[int, ...] = ()
+    missing: int = 0
+    """OPEN: how many ranks still have to report."""
+    expires_s: float | None = None
+    """EARLY and finished: when to forget it; None until the first tick."""
+
+    def report_of(self, rank: int) -> Report | None:
+        for report in self.reports:
+            if report.rank == rank:
+                return report
+        return None
+
+
+State = Join
+_NOTHING: tuple[Effect, ...] = ()
+
+
+def _needed(opened: Open) -> list[int]:
+    """The ranks without whose report nothing is known: the writers of a save, all ranks of a load."""
+    return [rank for rank, shard in enumerate(opened.shards) if opened.kind is Kind.LOAD or shard.area > 0]
+
+
+def _missing(join: Join, opened: Open) -> tuple[int, ...]:
+    reported = {report.rank for report in join.reports}
+    return tuple(rank for rank in _needed(opened) if rank not in reported)
+
+
+def _fault_in_open(event: Open) -> str | None:
+    if not 0 < event.blocks <= BLOCKS_PER_CALL_MAX:
+        return f"it names {event.blocks} blocks, where 1 to {BLOCKS_PER_CALL_MAX} are possible"
+    if not 0 < len(event.shards) <= RANKS_MAX:
+        return f"it names {len(event.shards)} ranks, where 1 to {RANKS_MAX} are possible"
+    if event.kind is Kind.SAVE and not tiles(event.shards, layers=event.layers, heads=event.heads):
+        return (
+            f"the ranks' shards {[tuple(msgspec.structs.astuple(s)) for s in event.shards]} do not cover "
+            f"{event.layers} layers × {event.heads} heads exactly once"
+        )
+    return None
+
+
+def _fault_in_report(opened: Open, event: Report) -> str | None:
+    """Why this report cannot belong to this join; None when it can."""
+    if not 0 <= event.rank < len(opened.shards):
+        return f"it speaks for rank {event.rank}, and the group has ranks 0 to {len(opened.shards) - 1}"
+    shard = opened.shards[event.rank]
+    expected = opened.blocks if opened.kind is Kind.LOAD or shard.area > 0 else 0
+    if len(event.good) != expected:
+        return (
+            f"rank {event.rank} tells the outcome of {len(event.good)} blocks, and it has {expected} of them"
+        )
+    if event.checksums and len(event.checksums) != expected:
+        return f"rank {event.rank} sends checksums of {len(event.checksums)} blocks, and it has {expected} of them"
+    heads = shard.head_stop - shard.head_start
+    for block, checksums in enumerate(event.checksums):
+        if event.good[block] and len(checksums) != heads:
+            return f"rank {event.rank} sends {len(checksums)} checksums for block {block}, and it has {heads} heads of it"
+    return None
+
+
+# --- transitions -------------------------------------------------------------------------------------------------
+
+
+def _open(join: Join, event: Open) -> tuple[Join, tuple[Effect, ...]]:
+    fault = _fault_in_open(event)
+    if fault is not None:
+        _refuse(join, event, f": {fault}")
+    refused = tuple(
+        Refused(join.name, report.rank, reason)
+        for report in join.reports
+        if (reason := _fault_in_report(event, report)) is not None
+    )
+    faulty = {effect.rank for effect in refused}
+    reports = tuple(report for report in join.reports if report.rank not in faulty)
+    opened = msgspec.structs.replace(
+        join, phase=Phase.OPEN, opened=event, reports=reports, lost=(), expires_s=None
+    )
+    missing = _missing(opened, event)
+    opened = msgspec.structs.replace(opened, missing=len(missing))
+    if not missing:
+        state, effects = _complete(opened, event)
+        return state, refused + effects
+    lost = [rank for rank in join.lost if rank in missing]
+    if lost:
+        state, effects = _fail(opened, f"rank {lost[0]} was lost before it reported", missing)
+        return state, refused + effects
+    return opened, refused
+
+
+def _open_again(join: Join, event: Open) -> tuple[Join, tuple[Effect, ...]]:
+    """Repeated word for word it changes nothing, also after the end. An abort may overtake its open: the opener is told."""
+    if join.opened is None:
+        fault = _fault_in_open(event)
+        if fault is not None:
+            _refuse(join, event, f": {fault}")
+        told = Failed(join.name, "it was aborted before it was opened", _missing(join, event))
+        return msgspec.structs.replace(join, opened=event), (told,)
+    if event != join.opened:
+        _refuse(
+            join, event, " with other blocks, shards or deadline than before; a new try takes a new attempt"
+        )
+    return join, _NOTHING
+
+
+def _keep(join: Join, event: Report) -> tuple[Join, tuple[Effect, ...]]:
+    """A report before its open."""
+    if not 0 <= event.rank < RANKS_MAX or len(event.good) > BLOCKS_PER_CALL_MAX:
+        raise RemoteProtocolError(
+            f"an early report to join {join.name} is refused: rank {event.rank} with {len(event.good)} blocks "
+            f"lies outside the limits of {RANKS_MAX} ranks and {BLOCKS_PER_CALL_MAX} blocks",
+            join=str(join.name),
+            rank=event.rank,
+        )
+    known = join.report_of(event.rank)
+    if known is not None:
+        return join, _NOTHING if known == event else (Contradicted(join.name, event.rank),)
+    return msgspec.structs.replace(join, reports=_merged(join.reports, event)), _NOTHING
+
+
+def _report(join: Join, event: Report) -> tuple[Join, tuple[Effect, ...]]:
+    opened = join.opened
+    assert opened is not None
+    reason = _fault_in_report(opened, event)
+    if reason is not None:
+        raise RemoteProtocolError(
+            f"a report to join {join.name} is refused: {reason}", join=str(join.name), rank=event.rank
+        )
+    known = join.report_of(event.rank)
+    if known is not None:
+        return join, _NOTHING if known == event else (Contradicted(join.name, event.rank),)
+    counts = opened.kind is Kind.LOAD or opened.shards[event.rank].area > 0
+    missing = join.missing - counts
+    joined = Join(join.name, Phase.OPEN, opened, _merged(join.reports, event), (), missing)
+    return _complete(joined, opened) if missing == 0 else (joined, _NOTHING)
+
+
+def _report_late(join: Join, event: Report) -> tuple[Join, tuple[Effect, ...]]:
+    """Late reports are ordinary. One that contradicts what its rank said in time is worth a word."""
+    known = join.report_of(event.rank)
+    if known is None or known == event:
+        return join, _NOTHING
+    return join, (Contradicted(join.name, event.rank),)
+
+
+def _lose_early(join: Join, event: RankLost) -> tuple[Join, tuple[Effect, ...]]:
+    if event.rank in join.lost:
+        return join, _NOTHING
+    return msgspec.structs.replace(join, lost=tuple(sorted((*join.lost, event.rank)))), _NOTHING
+
+
+def _lose(join: Join, event: RankLost) -> tuple[Join, tuple[Effect, ...]]:
+    opened = join.opened
+    assert opened is not None
+    if not 0 <= event.rank < len(opened.shards):
+        _refuse(join, event, f": the group has ranks 0 to {len(opened.shards) - 1}")
+    missing = _missing(join, opened)
+    if event.rank not in missing:
+        return join, _NOTHING
+    return _fail(join, f"rank {event.rank} was lost before it reported", missing)
+
+
+def _abort_early(join: Join, _: Abort) -> tuple[Join, tuple[Effect, ...]]:
+    return msgspec.structs.replace(join, phase=Phase.FAILED, lost=(), expires_s=None), _NOTHING
+
+
+def _abort(join: Join, _: Abort) -> tuple[Join, tuple[Effect, ...]]:
+    assert join.opened is not None
+    return _fail(join, "it was aborted", _missing(join, join.opened))
+
+
+def _nothing(join: Join, _: object) -> tuple[Join, tuple[Effect, ...]]:
+    return join, _NOTHING
+
+
+def _tick_open(join: Join, event: Tick) -> tuple[Join, tuple[Effect, ...]]:
+    assert join.opened is not None
+    if event.now_s < join.opened.deadline_s:
+        return join, _NOTHING
+    return _fail(join, "its deadline passed", _missing(join, join.opened))
+
+
+def _tick_early(join: Join, event: Tick) -> tuple[Join, tuple[Effect, ...]]:
+    return _age(join, event, EARLY_REPORT_SECONDS_MAX)
+
+
+def _tick_finished(join: Join, event: Tick) -> tuple[Join, tuple[Effect, ...]]:
+    return _age(join, event, TOMBSTONE_SECONDS_MAX)
+
+
+def _age(join: Join, event: Tick, seconds: float) -> tuple[Join, tuple[Effect, ...]]:
+    if join.expires_s is None:
+        return msgspec.structs.replace(join, expires_s=event.now_s + seconds), _NOTHING
+    return join, (Forget(join.name),) if event.now_s >= join.expires_s else _NOTHING
+
+
+def _merged(reports: tuple[Report, ...], report: Report) -> tuple[Report, ...]:
+    return tuple(sorted((*reports, report), key=lambda each: each.rank))
+
+
+def _complete(join: Join, opened: Open) -> tuple[Join, tuple[Effect, ...]]:
+    telling = [report for report in join.reports if report.good]
+    good = tuple(map(all, zip(*(report.good for report in telling), strict=True)))
+    checksums: Checksums = ()
+    if opened.kind is Kind.SAVE and all(report.checksums for report in telling):
+        in_order = sorted(
+            telling, key=lambda r: (opened.shards[r.rank].layer_start, opened.shards[r.rank].head_start)
+        )
+        checksums = tuple(
+            tuple(sum_ for report in in_order for sum_ in report.checksums[block]) if good[block] else ()
+            for block in range(opened.blocks)
+        )
+    finished = Join(join.name, Phase.COMPLETED, opened, join.reports)
+    return finished, (Completed(join.name, good, checksums),)
+
+
+def _fail(join: Join, reason: str, missing: tuple[int, ...]) -> tuple[Join, tuple[Effect, ...]]:
+    finished = Join(join.name, Phase.FAILED, join.opened, join.reports)
+    return finished, (Failed(join.name, reason, missing),)
+
+
+def _refuse(join: Join, event: Event, why: str = "") -> NoReturn:
+    raise LocalProtocolError(
+        f"join {join.name} is {join.phase} and {type(event).__name__} is not possible{why}",
+        join=str(join.name),
+        state=str(join.phase),
+        event=type(event).__name__,
+    )
+
+
+class Move(msgspec.Struct, frozen=True):
+    """A row's right-hand side: what is done, and the phases it may lead to."""
+
+    does: Callable[[Join, Any], tuple[Join, tuple[Effect, ...]]]
+    to: tuple[Phase, ...]
+
+
+EARLY, OPEN, COMPLETED, FAILED = Phase
+# fmt: off
+TABLE: dict[tuple[Phase, type], Move] = {
+    (EARLY, Open):         Move(_open,          (OPEN, COMPLETED, FAILED)),
+    (EARLY, Report):       Move(_keep,          (EARLY,)),
+    (EARLY, RankLost):     Move(_lose_early,    (EARLY,)),
+    (EARLY, Abort):        Move(_abort_early,   (FAILED,)),
+    (EARLY, Tick):         Move(_tick_early,    (EARLY,)),
+    (OPEN, Open):          Move(_open_again,    (OPEN,)),
+    (OPEN, Report):        Move(_report,        (OPEN, COMPLETED)),
+    (OPEN, RankLost):      Move(_lose,          (OPEN, FAILED)),
+    (OPEN, Abort):         Move(_abort,         (FAILED,)),
+    (OPEN, Tick):          Move(_tick_open,     (OPEN, FAILED)),
+    (COMPLETED, Open):     Move(_open_again,    (COMPLETED,)),
+    (COMPLETED, Report):   Move(_report_late,   (COMPLETED,)),
+    (COMPLETED, RankLost): Move(_nothing,       (COMPLETED,)),
+    (COMPLETED, Abort):    Move(_nothing,       (COMPLETED,)),
+    (COMPLETED, Tick):     Move(_tick_finished, (COMPLETED,)),
+    (FAILED, Open):        Move(_open_again,    (FAILED,)),
+    (FAILED, Report):      Move(_report_late,   (FAILED,)),
+    (FAILED, RankLost):    Move(_nothing,       (FAILED,)),
+    (FAILED, Abort):       Move(_nothing,       (FAILED,)),
+    (FAILED, Tick):        Move(_tick_finished, (FAILED,)),
+}
+# fmt: on
+
+
+def transition(state: Join, event: Event) -> tuple[Join, tuple[Effect, ...]]:
+    """The join after `event`, and what follows from it.
+
+    Raises `LocalProtocolError` for what no table row allows or an `Open` that cannot be met, `RemoteProtocolError` for a
+    report that cannot belong to this join; the state is unchanged then.
+    """
+    move = TABLE.get((state.phase, type(event)))
+    if move is None:
+        _refuse(state, event)
+    if type(event) is not Tick and event.join != state.name:  # type: ignore[union-attr]
+        _refuse(state, event, f": it is meant for join {event.join}")  # type: ignore[union-attr]
+    return move.does(state, event)

@@ -1,0 +1,128 @@
+"""A coordinator's life begins, with or without its state; and what its members remember corrects it.
+
+What can go wrong. A coordinator whose state directory is gone comes back with epoch 0 and is ignored for ever; or it
+jumps ahead and unpauses a fleet in the middle of an update (hazards F2).
+
+Why it cannot here. Without state it is RECOVERING: it commands nothing until it has heard the members it expects, or a
+deadline has passed. Then it leads in a term above every epoch reported, with the most restrictive target reported and
+all holds reported. It does not know the deadlines of holds it did not place, so they have none. A member that turns up
+later, with an epoch that nobody told this life of, makes the target stricter in the same way, never laxer. Whoever
+hears of an epoch above his own is not the leader any more, and stops.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from interlock.core.fleet_state import FleetOutcome, FleetState, Heard, Persist, Phase, StepDown, allot
+from interlock.core.identity import Epoch
+from interlock.core.limits import HOLDS_MAX
+from interlock.core.targets import STRICTNESS, TARGETS, Hold, State, Target
+
+RESTRICTION = {state: rank for rank, state in enumerate(TARGETS)}
+S = State
+
+
+def restarted(
+    stored: FleetState | None,
+    *,
+    term: int,
+    version: str,
+    deadline_s: float,
+    expected: frozenset[str] = frozenset(),
+) -> FleetOutcome:
+    """The first state of a coordinator's life in this term (embedded: its incarnation).
+
+    One that kept its state tells the same target anew in its own term. One without, or one that was deposed before it
+    died, is RECOVERING until the `expected` members have reported or `deadline_s` has passed. `version` counts only
+    where no member has heard of any target: at the very first start.
+    """
+    if stored is not None and stored.phase is Phase.LEADING:
+        again = msgspec.structs.replace(stored, epoch=Epoch(max(term, stored.epoch.term + 1), 0))
+        return allot(again)
+    fleet = FleetState(
+        phase=Phase.RECOVERING,
+        epoch=Epoch(term, 0),
+        state=S.RUNNING,
+        version=version,
+        awaited=expected,
+        deadline_s=deadline_s,
+    )
+    if stored is not None:
+        fleet = _gather(fleet, stored.target, stored.version if stored.version_known else None)
+    return fleet, ()
+
+
+def heard(fleet: FleetState, event: Heard) -> FleetOutcome:
+    """A member says which target it heard last; ordinary reports of our own epochs change nothing."""
+    member, target, version = event.member, event.target, event.version
+    if fleet.phase is Phase.RECOVERING:
+        if target is not None:
+            fleet = _gather(fleet, target, version)
+        last = fleet.awaited == {member}
+        fleet = msgspec.structs.replace(fleet, awaited=fleet.awaited - {member})
+        return lead(fleet) if last else (fleet, ())
+    if target is None or fleet.phase is Phase.DEPOSED:
+        return fleet, ()
+    if target.epoch > fleet.epoch:
+        deposed = msgspec.structs.replace(fleet, phase=Phase.DEPOSED)
+        return deposed, (Persist(), StepDown(target.epoch))
+    if fleet.basis < target.epoch and target.epoch.term < fleet.since_term:
+        return _adopt(fleet, target)
+    return fleet, ()
+
+
+def _gather(fleet: FleetState, target: Target, version: str | None) -> FleetState:
+    """Take what a member remembers into a RECOVERING state: the strictest target, all holds, a term above it."""
+    newest = target.epoch >= fleet.basis
+    return msgspec.structs.replace(
+        fleet,
+        epoch=Epoch(max(fleet.epoch.term, target.epoch.term + 1), 0),
+        state=_most_restrictive(fleet.state, target.state),
+        version=target.version if newest else fleet.version,
+        holds=_all_holds(fleet.holds, target.holds),
+        basis=max(fleet.basis, target.epoch),
+        versions=fleet.versions | {version, target.version},
+    )
+
+
+def lead(fleet: FleetState) -> FleetOutcome:
+    """RECOVERING ends. A fleet PAUSED at several versions may be in the middle of an update: its weights are unknown."""
+    known = fleet.state is not S.PAUSED or len(fleet.versions) <= 1
+    return allot(
+        msgspec.structs.replace(
+            fleet,
+            phase=Phase.LEADING,
+            version_known=known,
+            since_term=fleet.epoch.term,
+            awaited=frozenset(),
+            versions=frozenset(),
+        )
+    )
+
+
+def _adopt(fleet: FleetState, target: Target) -> FleetOutcome:
+    """A member remembers what this lineage of states never knew: become stricter by it, never laxer."""
+    state = _most_restrictive(fleet.state, target.state)
+    holds = _all_holds(fleet.holds, target.holds)
+    known = fleet.version_known and (state is not S.PAUSED or target.version == fleet.version)
+    adopted = msgspec.structs.replace(fleet, state=state, holds=holds, version_known=known)
+    return (fleet, ()) if adopted == fleet else allot(adopted)
+
+
+def _most_restrictive(a: State, b: State) -> State:
+    return max(a, b, key=RESTRICTION.__getitem__)
+
+
+def _all_holds(ours: tuple[Hold, ...], theirs: tuple[Hold, ...]) -> tuple[Hold, ...]:
+    """The union by owner, stricter mode first. Deadlines of holds placed in other lives are on a clock unknown here."""
+    holds = {hold.owner: hold for hold in ours}
+    for hold in theirs:
+        mine = holds.get(hold.owner)
+        if mine is None or STRICTNESS[mine.mode] < STRICTNESS[hold.mode]:
+            holds[hold.owner] = Hold(hold.owner, hold.mode, mine.deadline_s if mine else None)
+    merged = sorted(holds.values(), key=lambda hold: hold.owner)
+    if len(merged) > HOLDS_MAX:  # two lives placed that many: none is released, the rest becomes one
+        rest = max((hold.mode for hold in merged[HOLDS_MAX - 1 :]), key=STRICTNESS.__getitem__)
+        merged = [*merged[: HOLDS_MAX - 1], Hold("holds of an earlier coordinator", rest)]
+    return tuple(merged)
