@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from interlock.core import join_book
 from interlock.core.errors import LocalProtocolError, ProtocolError, RemoteProtocolError
 from interlock.core.join_book import JoinBook
 from interlock.core.joins import (
@@ -157,3 +158,31 @@ def test_no_order_of_events_breaks_a_bound_or_ends_a_held_join_twice(events: lis
                 ended.add(effect.join)
         # A name that is no longer known may be used by a test; nodes never use one twice.
         ended &= {join.name for join in book}
+
+
+def test_what_is_remembered_expires_in_its_order_also_when_it_changed_meanwhile() -> None:
+    book = JoinBook()
+    book.handle(report(1, 0))
+    assert book.tick(0.0) == ()
+    book.handle(report(2, 0))
+    assert book.tick(20.0) == ()
+    book.handle(report(1, 1))
+    assert book.tick(30.0) == (Forget(name(1)),)
+    assert book.tick(49.0) == ()
+    assert book.tick(50.0) == (Forget(name(2)),)
+    book.check_integrity()
+
+
+def test_a_tick_does_not_look_at_every_tombstone(monkeypatch: pytest.MonkeyPatch) -> None:
+    book = JoinBook()
+    for number in range(100):
+        book.handle(opened(number))
+        book.handle(Abort(name(number)))
+    book.tick(0.0)
+    seen = []
+    transition = join_book.transition
+    monkeypatch.setattr(
+        join_book, "transition", lambda join, event: seen.append(join) or transition(join, event)
+    )
+    book.tick(1.0)
+    assert len(seen) == 1

@@ -255,6 +255,14 @@ def test_an_early_report_beyond_all_limits_is_refused(event: Report) -> None:
     refused(Join(NAME), event, RemoteProtocolError, "outside the limits")
 
 
+def test_what_lies_exactly_at_the_limits_is_accepted() -> None:
+    most = (True,) * BLOCKS_PER_CALL_MAX
+    many = (TWO[0],) * RANKS_MAX
+    opened = Open(NAME, BLOCKS_PER_CALL_MAX, many, 1, 1, 10.0, Kind.LOAD)
+    join, _ = told(Report(NAME, RANKS_MAX - 1, most), Report(NAME, 0, most), opened)
+    assert (join.phase, join.missing) == (Phase.OPEN, RANKS_MAX - 2)
+
+
 @pytest.mark.parametrize(
     ("changes", "match"),
     [

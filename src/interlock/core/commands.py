@@ -21,6 +21,7 @@ from interlock.core.errors import ProtocolError
 from interlock.core.fleet_state import (
     Accept,
     Commanded,
+    Excused,
     FleetEvent,
     FleetOutcome,
     FleetState,
@@ -33,7 +34,7 @@ from interlock.core.fleet_state import (
 )
 from interlock.core.identity import Epoch
 from interlock.core.limits import HOLDS_MAX
-from interlock.core.recovery import heard, lead
+from interlock.core.recovery import excused, heard, lead
 from interlock.core.targets import STRICTNESS, Command, Hold, State
 
 C, S = Command, State
@@ -91,6 +92,8 @@ def transition(fleet: FleetState, event: FleetEvent) -> FleetOutcome:
             return _command(fleet, event)
         case Heard():
             return heard(fleet, event)
+        case Excused(member):
+            return excused(fleet, member)
         case Settled(epoch, ok):
             return _settled(fleet, epoch, ok)
         case Tick(now_s):

@@ -37,7 +37,8 @@ class FleetState(msgspec.Struct, frozen=True):
     """The composite *stop from RUNNING*: once the pause stands, STOP follows for the owner of this hold, whether its
     client is still there or not. Releasing the hold calls it off."""
     awaited: frozenset[str] = frozenset()
-    """RECOVERING: members expected and not heard yet."""
+    """Members that a coordinator without state expects and has not heard. Where one stays silent beyond the deadline,
+    nobody can say what it does: it counts as unknown until it reports or is excused."""
     deadline_s: float = 0.0
     """RECOVERING: when it ends without them."""
     versions: frozenset[str | None] = frozenset()
@@ -82,6 +83,12 @@ class Heard(msgspec.Struct, frozen=True):
     version: str | None
 
 
+class Excused(msgspec.Struct, frozen=True):
+    """The launcher's word: of this name nothing is running."""
+
+    member: str
+
+
 class Settled(msgspec.Struct, frozen=True):
     """The members were judged (`roster.condition`) and the fleet is (`ok`) or cannot be at this epoch's target."""
 
@@ -93,7 +100,7 @@ class Tick(msgspec.Struct, frozen=True):
     now_s: float
 
 
-FleetEvent = Commanded | Heard | Settled | Tick
+FleetEvent = Commanded | Heard | Excused | Settled | Tick
 
 
 # --- effects -----------------------------------------------------------------------------------------------------

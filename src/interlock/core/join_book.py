@@ -42,6 +42,8 @@ class JoinBook:
         self._open: dict[JoinName, Join] = {}
         self._finished: dict[JoinName, Join] = {}
         self._early_reports = 0
+        self._unclocked: dict[JoinName, None] = {}
+        """Early and finished joins whose clock the next tick starts."""
 
     def __len__(self) -> int:
         return len(self._early) + len(self._open) + len(self._finished)
@@ -79,17 +81,33 @@ class JoinBook:
         return effects
 
     def tick(self, now_s: float) -> tuple[Effect, ...]:
-        """Lets time pass for every join: deadlines, early reports nobody claimed, tombstones."""
+        """Lets time pass for every join: deadlines, early reports nobody claimed, tombstones.
+
+        Costs a transition for each open join and for each that is early or finished since the last tick; of the others only
+        the oldest are looked at, for they expire in their order.
+        """
         event = Tick(now_s)
         heard: list[Effect] = []
-        for join in list(self):
-            after, effects = transition(join, event)
-            if any(isinstance(effect, Forget) for effect in effects):
-                self._drop(join)
-            elif after is not join:
-                self._put(after)
-            heard.extend(effects)
+        for join in list(self._open.values()):
+            heard += self._pass(join, event)
+        for name in list(self._unclocked):
+            heard += self._pass(self._early.get(name) or self._finished[name], event)
+        self._unclocked.clear()
+        for joins in (self._early, self._finished):
+            while joins:
+                effects = self._pass(next(iter(joins.values())), event)
+                if not effects:
+                    break
+                heard += effects
         return tuple(heard)
+
+    def _pass(self, join: Join, event: Tick) -> tuple[Effect, ...]:
+        after, effects = transition(join, event)
+        if any(isinstance(effect, Forget) for effect in effects):
+            self._drop(join)
+        elif after is not join:
+            self._put(after)
+        return effects
 
     def check_integrity(self) -> None:
         """Raises `AssertionError` when a bound or a count is broken."""
@@ -97,6 +115,7 @@ class JoinBook:
         assert len(self._finished) <= self._tombstones_max
         assert self._early_reports == sum(len(join.reports) for join in self._early.values())
         assert len(self._early) <= self._early_reports <= self._early_reports_max
+        assert self._unclocked.keys() <= self._early.keys() | self._finished.keys()
         assert all(join.phase is Phase.EARLY for join in self._early.values())
         assert all(join.phase is Phase.OPEN for join in self._open.values())
 
@@ -124,16 +143,24 @@ class JoinBook:
             )
 
     def _put(self, join: Join) -> None:
-        self._drop(join)
-        if join.phase is Phase.EARLY:
-            self._early[join.name] = join
-            self._early_reports += len(join.reports)
-        elif join.phase is Phase.OPEN:
-            self._open[join.name] = join
-        else:
-            self._finished[join.name] = join
-            if len(self._finished) > self._tombstones_max:
-                del self._finished[next(iter(self._finished))]
+        """Files a join under its phase; what changes within its phase keeps its place in the order of age."""
+        joins = (
+            self._early
+            if join.phase is Phase.EARLY
+            else self._open
+            if join.phase is Phase.OPEN
+            else self._finished
+        )
+        if join.name not in joins:
+            self._drop(join)
+            if joins is not self._open:
+                self._unclocked[join.name] = None
+        if joins is self._early:
+            known = joins.get(join.name)
+            self._early_reports += len(join.reports) - (len(known.reports) if known else 0)
+        joins[join.name] = join
+        if len(self._finished) > self._tombstones_max:
+            self._drop(next(iter(self._finished.values())))
 
     def _drop(self, join: Join) -> None:
         early = self._early.pop(join.name, None)
@@ -141,3 +168,4 @@ class JoinBook:
             self._early_reports -= len(early.reports)
         self._open.pop(join.name, None)
         self._finished.pop(join.name, None)
+        self._unclocked.pop(join.name, None)

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any, NoReturn
 
 import msgspec
@@ -205,12 +206,18 @@ def _missing(join: Join, opened: Open) -> tuple[int, ...]:
     return tuple(rank for rank in _needed(opened) if rank not in reported)
 
 
+@lru_cache(maxsize=64)
+def _tile(shards: tuple[Shard, ...], layers: int, heads: int) -> bool:
+    """`tiles`, remembered: every join of an engine has the same shards."""
+    return tiles(shards, layers=layers, heads=heads)
+
+
 def _fault_in_open(event: Open) -> str | None:
     if not 0 < event.blocks <= BLOCKS_PER_CALL_MAX:
         return f"it names {event.blocks} blocks, where 1 to {BLOCKS_PER_CALL_MAX} are possible"
     if not 0 < len(event.shards) <= RANKS_MAX:
         return f"it names {len(event.shards)} ranks, where 1 to {RANKS_MAX} are possible"
-    if event.kind is Kind.SAVE and not tiles(event.shards, layers=event.layers, heads=event.heads):
+    if event.kind is Kind.SAVE and not _tile(event.shards, event.layers, event.heads):
         return (
             f"the ranks' shards {[tuple(msgspec.structs.astuple(s)) for s in event.shards]} do not cover "
             f"{event.layers} layers × {event.heads} heads exactly once"
@@ -251,11 +258,9 @@ def _open(join: Join, event: Open) -> tuple[Join, tuple[Effect, ...]]:
     )
     faulty = {effect.rank for effect in refused}
     reports = tuple(report for report in join.reports if report.rank not in faulty)
-    opened = msgspec.structs.replace(
-        join, phase=Phase.OPEN, opened=event, reports=reports, lost=(), expires_s=None
-    )
+    opened = Join(join.name, Phase.OPEN, event, reports)
     missing = _missing(opened, event)
-    opened = msgspec.structs.replace(opened, missing=len(missing))
+    opened = Join(join.name, Phase.OPEN, event, reports, (), len(missing))
     if not missing:
         state, effects = _complete(opened, event)
         return state, refused + effects

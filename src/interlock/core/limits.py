@@ -85,8 +85,9 @@ REQUEST_SECONDS_MAX = 3600.0
 RETRY_AFTER_SECONDS = 1
 REQUEST_SECONDS_DEFAULT = 600.0
 """A request without a deadline of its own: longer than any answer takes, shorter than for ever."""
-REQUEST_FAILURES_MAX = 3
-"""Engines that one request may outlive: the next may be what it kills them with."""
+REQUEST_FAILURES_MAX = 5
+"""Engines that may fail at one request without a token of it: it may be what they die of. Waiting beside such a one is
+enough to be counted, so it is more than a few."""
 NO_MEMBER_SECONDS_MAX = 120.0
 """What a request waits when every engine is gone: a restart takes less, an operator more."""
 RECONNECT_SECONDS_MIN = 0.02
@@ -100,7 +101,8 @@ REFUSED_SECONDS = 0.05
 COMMANDS_KEPT_MAX = 256
 """Finished commands whose outcome can still be asked for by (owner, command_id)."""
 COMMANDS_UNDER_WAY_MAX = 64
-COORDINATOR_STATE_BYTES_MAX = 1 << 20
+COORDINATOR_STATE_BYTES_MAX = 16 << 20
+"""A thousand members with their facts, and all kept commands, are about one megabyte."""
 RECOVERING_SECONDS_MAX = 3.0
 """What a coordinator without its state listens before it speaks: three heartbeats of whoever lives."""
 STREAM_TOKENS_BUFFER_MAX = 65536
@@ -112,6 +114,30 @@ LOCKSTEP_STEP_SECONDS = 5.0
 LOCKSTEP_SECONDS_PER_TOKEN = 0.02
 """A step's deadline: five seconds and 20 ms a token, so that an 8k prefill on two cores is not taken for a freeze."""
 LOCKSTEP_FENCE_SECONDS_MAX = 5.0
+
+# --- snapshots ---------------------------------------------------------------------------------------------------
+SNAPSHOT_SCOPES_MAX = 4096
+"""Requests whose snapshots one store keeps; each holds one directory descriptor, and 1024 is the usual soft limit of a process
+(the driver raises it or takes fewer)."""
+SNAPSHOT_ITEMS_MAX = 65536
+"""Snapshots of one store that take room in memory, under the live root or in the trash."""
+SNAPSHOT_ITEM_BYTES_MAX = 1 << 34
+SNAPSHOT_MEMORY_BYTES_MAX = 1 << 30
+"""Accepted and not yet written: oMLX's queue of 128 items could hold 14 GB."""
+SNAPSHOT_DISK_BYTES_MAX = 1 << 36
+"""Accepted, written, or in the trash and not yet emptied: one 234k-token prefill of a hybrid model writes 12 GB."""
+SNAPSHOT_WRITE_SECONDS_MAX = 30.0
+"""From acceptance to durable; beyond it the snapshot is reported failed and its writer is suspected."""
+
+# --- endpoints ---------------------------------------------------------------------------------------------------
+HANDSHAKE_SECONDS_MAX = 10.0
+"""From an endpoint's first word to CONNECTED. Mooncake: waiters 10 s, the call they wait for 60 s, hence its #3584."""
+ENDPOINT_SILENCE_SECONDS_MAX = SILENCE_SECONDS_MAX
+"""The heartbeat lease: for no longer is an endpoint half-open."""
+LANE_PATIENCE_SECONDS = 0.25
+"""After one lane is ready, how long the chooser waits for the others before it lists what there is."""
+LANES_PER_ENDPOINT_MAX = 16
+LANE_PARAMETERS_BYTES_MAX = 4096
 
 # --- HTTP --------------------------------------------------------------------------------------------------------
 HTTP_BODY_BYTES_MAX = 8 * 1024 * 1024
@@ -134,6 +160,8 @@ CHAT_MESSAGES_MAX = 4096
 LOGIT_BIAS_MAX = 1024
 STOP_TOKEN_IDS_MAX = 256
 TENANT_CHARS_MAX = 256
+HTTP_BODY_INLINE_BYTES_MAX = 256 * 1024
+"""A longer body is decoded off the loop: a million token ids take some 20 ms."""
 TOKENIZE_INLINE_CHARS_MAX = 4096
 """A longer text is tokenised off the loop: at some MB/s it would hold every stream up for more than a millisecond."""
 

@@ -128,15 +128,40 @@ GroupEffect = Tell | Paused | EndGroup | StepDown
 GroupOutcome = tuple[GroupState, tuple[GroupEffect, ...]]
 
 
+TABLE: dict[tuple[Phase, type[GroupEvent]], tuple[Phase, ...]] = {
+    (Phase.FENCING, RankReport): (Phase.FENCING, Phase.GRANTING, Phase.ENDED),
+    (Phase.FENCING, Pause): (Phase.FENCING,),
+    (Phase.FENCING, Proceed): (Phase.FENCING,),
+    (Phase.FENCING, RankLost): (Phase.ENDED,),
+    (Phase.FENCING, Tick): (Phase.FENCING, Phase.ENDED),
+    (Phase.GRANTING, RankReport): (Phase.GRANTING, Phase.ENDED),
+    (Phase.GRANTING, Advance): (Phase.GRANTING,),
+    (Phase.GRANTING, Pause): (Phase.GRANTING,),
+    (Phase.GRANTING, Proceed): (Phase.GRANTING,),
+    (Phase.GRANTING, RankLost): (Phase.ENDED,),
+    (Phase.GRANTING, Tick): (Phase.GRANTING, Phase.ENDED),
+    (Phase.ENDED, RankReport): (Phase.ENDED,),
+    (Phase.ENDED, RankLost): (Phase.ENDED,),
+    (Phase.ENDED, Tick): (Phase.ENDED,),
+}
+"""(phase, event) → the phases it may lead to. What is missing is an error."""
+
+
 def transition(group: GroupState, event: GroupEvent) -> GroupOutcome:
     """The only way a leader's view changes.
 
-    Raises LocalProtocolError for a step that may not be granted now, RemoteProtocolError for a rank that is none of
-    the group's or went further than it was granted. After ENDED nothing changes: late words are ordinary.
+    Raises LocalProtocolError for what `TABLE` lacks and for a step that may not be granted now, RemoteProtocolError
+    for a rank that is none of the group's or went further than it was granted. After ENDED late words are ordinary.
     """
+    if (group.phase, type(event)) not in TABLE:
+        raise LocalProtocolError(
+            f"{type(event).__name__} does not fit a group that is {group.phase}",
+            hint="await its ranks"
+            if group.phase is Phase.FENCING
+            else "its ranks are started anew, as another group",
+            phase=group.phase,
+        )
     if group.phase is Phase.ENDED:
-        if isinstance(event, Advance | Pause | Proceed):
-            raise LocalProtocolError("the group has ended; its ranks are started anew, as another group")
         return group, ()
     match event:
         case RankReport():

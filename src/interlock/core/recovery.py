@@ -59,17 +59,27 @@ def heard(fleet: FleetState, event: Heard) -> FleetOutcome:
     if fleet.phase is Phase.RECOVERING:
         if target is not None:
             fleet = _gather(fleet, target, version)
-        last = fleet.awaited == {member}
-        fleet = msgspec.structs.replace(fleet, awaited=fleet.awaited - {member})
-        return lead(fleet) if last else (fleet, ())
+        return excused(fleet, member)
+    fleet, effects = excused(fleet, member)
     if target is None or fleet.phase is Phase.DEPOSED:
-        return fleet, ()
+        return fleet, effects
     if target.epoch > fleet.epoch:
         deposed = msgspec.structs.replace(fleet, phase=Phase.DEPOSED)
         return deposed, (Persist(), StepDown(target.epoch))
     if fleet.basis < target.epoch and target.epoch.term < fleet.since_term:
-        return _adopt(fleet, target)
-    return fleet, ()
+        adopted = _adopt(fleet, target)
+        return allot(adopted) if adopted != fleet else (fleet, effects)
+    return fleet, effects
+
+
+def excused(fleet: FleetState, member: str) -> FleetOutcome:
+    """Nothing more is expected of this member; RECOVERING ends with the last."""
+    if member not in fleet.awaited:
+        return fleet, ()
+    fleet = msgspec.structs.replace(fleet, awaited=fleet.awaited - {member})
+    if fleet.phase is not Phase.RECOVERING:
+        return fleet, (Persist(),)
+    return (fleet, ()) if fleet.awaited else lead(fleet)
 
 
 def _gather(fleet: FleetState, target: Target, version: str | None) -> FleetState:
@@ -95,19 +105,17 @@ def lead(fleet: FleetState) -> FleetOutcome:
             phase=Phase.LEADING,
             version_known=known,
             since_term=fleet.epoch.term,
-            awaited=frozenset(),
             versions=frozenset(),
         )
     )
 
 
-def _adopt(fleet: FleetState, target: Target) -> FleetOutcome:
+def _adopt(fleet: FleetState, target: Target) -> FleetState:
     """A member remembers what this lineage of states never knew: become stricter by it, never laxer."""
     state = _most_restrictive(fleet.state, target.state)
     holds = _all_holds(fleet.holds, target.holds)
     known = fleet.version_known and (state is not S.PAUSED or target.version == fleet.version)
-    adopted = msgspec.structs.replace(fleet, state=state, holds=holds, version_known=known)
-    return (fleet, ()) if adopted == fleet else allot(adopted)
+    return msgspec.structs.replace(fleet, state=state, holds=holds, version_known=known)
 
 
 def _most_restrictive(a: State, b: State) -> State:

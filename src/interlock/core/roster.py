@@ -184,18 +184,25 @@ def condition(
     epoch: Epoch,
     target: State,
     *,
+    unseen: Iterable[str] = (),
     expired: bool = False,
     allow_unknown: bool = False,
 ) -> Condition:
     """Judge the fleet against the target of this epoch; O(members), asked for at changes while a command is open.
 
-    `expired`: the command's deadline has passed, so what is SUSPECT now is unknown and what is still under way fails
-    it. A fleet of which nobody is left stands only where STOPPED was asked for.
+    `unseen`: names that are expected and were never heard (`FleetState.awaited`). `expired`: the command's deadline has
+    passed, so what cannot be seen is unknown now, and what is still under way fails it. A fleet of which nobody is left
+    stands only where STOPPED was asked for.
     """
     judged = tuple((record, outcome(record, epoch, expired=expired)) for record in records)
     names = {of: [record.name for record, o in judged if o is of] for of in Outcome}
-    if not judged:
-        return Condition(judged, done=True, ok=False, message="there is no member to command")
+    names[Outcome.UNKNOWN if expired else Outcome.WAITING] += sorted(
+        set(unseen) - {record.name for record, _ in judged}
+    )
+    if not judged and not any(names.values()):
+        stopped = target is State.STOPPED
+        message = "nothing runs" if stopped else "there is no member to command"
+        return Condition(judged, done=True, ok=stopped, message=message)
     if names[Outcome.WAITING] and not expired:
         waiting = ", ".join(names[Outcome.WAITING])
         return Condition(judged, done=False, ok=False, message=f"waiting for {waiting} to be {target}")
