@@ -1,0 +1,81 @@
+"""The store node as a process: its slab, its identity, and when it leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import signal
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from interlock.core.limits import SLAB_BYTES_MAX, SLOT_GRAIN_BYTES
+from interlock.host.base import Host
+from interlock.host.processes import parent_gone
+from interlock.store.node import Node
+from interlock.wire.identity import load_identity
+
+log = logging.getLogger(__name__)
+
+
+class StoreConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What a store node needs to know."""
+
+    address: str
+    """Where it listens, `unix:/path`."""
+    state_dir: Path
+    """A private directory of its own; its incarnation is kept there."""
+    slab_bytes: int
+    """Memory for KV blocks, allocated at start. Rounded down to whole pages."""
+    name: str = "store"
+    token: bytes = b""
+
+
+def slab_number(name: str, incarnation: int) -> int:
+    """A number that no other slab has, of whatever node and life: a client cannot take one mapping for another."""
+    data = f"{name}@{incarnation}".encode()
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
+
+
+async def run_node(host: Host, config: StoreConfig) -> None:
+    """Serves until SIGTERM or SIGINT, or until the supervisor is gone (`INTERLOCK_PARENT_FD`); removes its socket.
+
+    Raises `MemoryError` or `ValueError` when the slab cannot be had, `OSError` when the address is taken.
+    """
+    size = config.slab_bytes // SLOT_GRAIN_BYTES * SLOT_GRAIN_BYTES
+    if not 0 < size <= SLAB_BYTES_MAX:
+        raise ValueError(
+            f"a slab of {config.slab_bytes} bytes is impossible; 1 page to {SLAB_BYTES_MAX} bytes are"
+        )
+    host.files.make_private_dir(config.state_dir)
+    me = load_identity(host, config.state_dir, config.name)
+    memory = await host.in_thread(host.create_memory, "interlock-kv", size)
+    node = Node(host, me, memory, slab_number(me.name, me.incarnation), token=config.token)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    try:
+        await node.start(config.address)
+        log.info("store %s holds %.2f GiB at %s", me.name, size / 2**30, config.address)
+        await _first(stop.wait(), parent_gone())
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+        await node.close()
+
+
+async def _first(*waits: Coroutine[Any, Any, object]) -> None:
+    """Until one of them is over; raises what it raised."""
+    tasks = [asyncio.create_task(wait) for wait in waits]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
