@@ -1,0 +1,1 @@
+"""How foreign engines reach the store."""

@@ -1,0 +1,224 @@
+"""`InterlockConnector`: vLLM's interface on one side, our two halves on the other, and nothing else.
+
+vLLM builds one in its scheduler and one in each worker. Used as
+
+    kv_connector="InterlockConnector", kv_connector_module_path="interlock.connectors.vllm", kv_role="kv_both",
+    kv_load_failure_policy="recompute", kv_connector_extra_config={"store": "unix:/path", "engine": "name", ...}
+
+Written against vLLM 0.32 (KVConnectorBase_V1).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+)
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.logger import init_logger
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+from interlock.connectors.models import checkpoint_digest, model_identity
+from interlock.connectors.vllm.config import EngineShape, parse_config, shape_of
+from interlock.connectors.vllm.keys import Salts
+from interlock.connectors.vllm.life import engine_incarnation
+from interlock.connectors.vllm.metadata import RankNews, StepTasks
+from interlock.connectors.vllm.scheduler import SchedulerSide
+from interlock.connectors.vllm.worker import WorkerSide
+from interlock.host.blocking import BlockingHost
+from interlock.host.owner import end_with
+from interlock.store.client import StoreClient
+from interlock.wire.identity import Identity
+from interlock.wire.store_messages import Attach
+
+logger = init_logger("vllm.interlock")
+
+
+@dataclass
+class StepMetadata(KVConnectorMetadata):
+    """One step's work for every rank, in vLLM's envelope."""
+
+    tasks: StepTasks
+
+
+@dataclass
+class NewsMetadata(KVConnectorWorkerMetadata):
+    """A rank's news in vLLM's envelope; vLLM aggregates those of one step."""
+
+    news: RankNews
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
+        assert isinstance(other, NewsMetadata)
+        return NewsMetadata(self.news.merged(other.news))
+
+
+class InterlockConnector(KVConnectorBase_V1):
+    """Shares this engine's KV blocks with every engine at the same store node.
+
+    Raises `UnsupportedEngineError` or `UnknownModelError` at construction, saying what to change; nothing afterwards.
+    """
+
+    _cache_hit_source = CacheHitSource.HOST
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        self.config = parse_config(vllm_config.kv_transfer_config.kv_connector_extra_config or {})
+        if self.config.owner_pid is not None:
+            end_with(self.config.owner_pid)
+        self.shape = shape_of(vllm_config, kv_cache_config, self.config)
+        self.host = BlockingHost()
+        self.incarnation = engine_incarnation(self.host, self.config.state, self.shape.name, self.shape.life)
+        self.scheduler: SchedulerSide | None = None
+        self.worker: WorkerSide | None = None
+        if role == KVConnectorRole.SCHEDULER:
+            self.scheduler = self._make_scheduler()
+        else:
+            self.worker = self._make_worker(get_tensor_model_parallel_rank())
+
+    def _make_scheduler(self) -> SchedulerSide:
+        client = self._client(None)
+        client.start()
+        return SchedulerSide(self.shape, self._salts(), client)
+
+    def _make_worker(self, rank: int) -> WorkerSide:
+        return WorkerSide(self.shape, rank, self._client(rank))
+
+    def _salts(self) -> Salts:
+        files, cache = self.host.files, self.config.state / "digests.json"
+        model = self.config.model_id or model_identity(
+            self.shape.model, self.shape.revision, files=files, cache=cache
+        )
+        logger.info("Interlock shares KV of %s, model %s", self.shape.layout, model)
+        return Salts(
+            model=model,
+            layout=self.shape.layout,
+            tenant=self.config.tenant,
+            variant=self.shape.variant,
+            adapter_identity=lambda path: checkpoint_digest(path, files=files, cache=cache),
+        )
+
+    def _client(self, rank: int | None) -> StoreClient:
+        shape: EngineShape = self.shape
+        part = "scheduler" if rank is None else f"rank{rank}"
+        attach = Attach(
+            engine=shape.name,
+            engine_incarnation=self.incarnation,
+            rank=rank,
+            ranks=shape.ranks,
+            layout=shape.layout,
+            shard=None if rank is None else shape.shard(rank),
+        )
+        me = Identity(f"{shape.name}/{part}", self.incarnation, os.urandom(16))
+        return StoreClient(self.config.store, me, attach, lookup_timeout_s=self.config.lookup_seconds)
+
+    @property
+    def client(self) -> StoreClient:
+        """This half's access to the store: whether it is attached, and why not (`ready`, `last_error`, `counts()`)."""
+        return self._scheduler.client if self.scheduler is not None else self._worker.client
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A save that is dropped is a miss later, nothing else."""
+        return False
+
+    # --- scheduler -----------------------------------------------------------------------------------------------
+
+    @property
+    def _scheduler(self) -> SchedulerSide:
+        assert self.scheduler is not None, "this connector was made for a worker"
+        return self.scheduler
+
+    def on_new_request(self, request: Any) -> None:
+        self._scheduler.track(request)
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
+        tokens = self._scheduler.matched_tokens(request, num_computed_tokens)
+        return tokens, tokens > 0
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        block_ids = blocks.get_block_ids()[0] if num_external_tokens else []
+        self._scheduler.allocated(request, block_ids, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
+        return StepMetadata(self._scheduler.step(scheduler_output))
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        metadata = connector_output.kv_connector_worker_meta
+        news = metadata.news if isinstance(metadata, NewsMetadata) else None
+        self._scheduler.heard(
+            connector_output.finished_recving or (), connector_output.invalid_block_ids, news
+        )
+
+    def request_finished(
+        self,
+        request: Any,
+        block_ids: list[int],  # noqa: ARG002
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Blocks are free at once: saves ended inside their step, and a load in flight vLLM itself waits for."""
+        self._scheduler.forget(request.request_id)
+        return False, None
+
+    def has_pending_push_work(self) -> bool:
+        """Keeps the engine stepping, a paused one too, until no load touches its KV any more."""
+        return self._scheduler.loading
+
+    def reset_cache(self) -> bool:
+        """Forgets what this engine looked up; what is shared belongs to others too (clearing it is the store's verb)."""
+        self._scheduler.forget_lookups()
+        return True
+
+    # --- worker --------------------------------------------------------------------------------------------------
+
+    @property
+    def _worker(self) -> WorkerSide:
+        assert self.worker is not None, "this connector was made for the scheduler"
+        return self.worker
+
+    @property
+    def _tasks(self) -> StepTasks:
+        metadata = self._get_connector_metadata()
+        assert isinstance(metadata, StepMetadata)
+        return metadata.tasks
+
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        self._worker.register(kv_caches)
+
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        """Nothing to end: a victim's blocks are read only inside `wait_for_save`, which returned before this call."""
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        self._worker.start_loads(self._tasks.loads)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """No step computes from a block that is still being loaded."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
+        """All layers are saved together in `wait_for_save`."""
+
+    def wait_for_save(self) -> None:
+        self._worker.save(self._tasks.saves)
+
+    def get_finished(
+        self,
+        finished_req_ids: set[str],  # noqa: ARG002
+    ) -> tuple[set[str] | None, set[str] | None]:
+        return None, self._worker.take_released(idle=self._tasks.idle) or None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return self._worker.take_failed_blocks()
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        news = self._worker.take_news()
+        return NewsMetadata(news) if news is not None else None
+
+    def shutdown(self) -> None:
+        if self.worker is not None:
+            self.worker.close()
+        if self.scheduler is not None:
+            self.scheduler.close()
