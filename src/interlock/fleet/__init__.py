@@ -1,0 +1,1 @@
+"""Many engines as one service: membership, targets, routing, the ledger of requests and their continuation elsewhere."""

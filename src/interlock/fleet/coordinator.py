@@ -1,0 +1,395 @@
+"""The coordinator's driver: it hears members and administrators, lets `core` decide, keeps, and only then tells.
+
+Every rule stands in `core/commands`, `core/recovery` and `core/roster`; here events come in from channels, clocks and exits,
+and effects go out. One order is kept: what was decided is on disk before any message says so. What is told is told again until
+it is repeated back, so that a lost message, a late joiner, and a restart of either side are the same case.
+
+While it is RECOVERING it says nothing to fronts: they go on with the last they heard.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import msgspec
+
+from interlock.core.commands import CommandRefused, transition
+from interlock.core.errors import ChannelClosed, InterlockError
+from interlock.core.fleet_state import (
+    Accept,
+    Excused,
+    FleetEffect,
+    FleetState,
+    Heard,
+    Persist,
+    Phase,
+    Settled,
+    StepDown,
+    TellMembers,
+    Tick,
+)
+from interlock.core.identity import Epoch
+from interlock.core.limits import HEARTBEAT_SECONDS, RECOVERING_SECONDS_MAX
+from interlock.core.recovery import restarted
+from interlock.core.roster import MemberRecord, condition, needs_telling
+from interlock.core.targets import Command as Verb
+from interlock.core.targets import State
+from interlock.fleet.command_book import CommandBook, judge, progress_of
+from interlock.fleet.coordinator_state import CommandRecord, StateFile
+from interlock.fleet.members import Members
+from interlock.fleet.words import commanded, hold_in_words, target_in_types, target_in_words
+from interlock.host.base import Host, Listener
+from interlock.telemetry.events import EventLog
+from interlock.wire import fleet_messages as say
+from interlock.wire.channel import Channel, Received, serve_channels
+from interlock.wire.envelope import Rejected
+from interlock.wire.identity import Identity
+
+TICK_SECONDS = 0.1
+BUILT = frozenset({Verb.PAUSE, Verb.UNPAUSE, Verb.STOP})
+"""Commands whose members' side exists. The table in core has more; those are refused by name until they do."""
+
+
+class CoordinatorConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What one coordinator is started with."""
+
+    address: str
+    """Where members, fronts and administrators connect."""
+    state_dir: Path
+    version: str = "0"
+    """Weights version of engines that start from the configured model; counts only where no member heard of another."""
+    expected: list[str] = []
+    """Names of engines that a coordinator without state waits for, up to `recovering_s`."""
+    recovering_s: float = RECOVERING_SECONDS_MAX
+    exit_is_proof: bool = False
+    """True where no launcher reports `MemberGone`: then the exit of a member's own process makes it LOST."""
+
+
+class Listening(msgspec.Struct):
+    """Who wants to hear of a command, under which of its messages, and what it was told last."""
+
+    channel: Channel
+    number: int
+    told: say.CommandProgress | None = None
+
+
+class Deposed(InterlockError):  # noqa: N818
+    """A higher epoch exists: somebody else leads, and this coordinator has stopped."""
+
+
+class Coordinator:
+    """`start`, then `run` until it is cancelled or deposed, then `close`."""
+
+    def __init__(
+        self, host: Host, me: Identity, config: CoordinatorConfig, events: EventLog | None = None
+    ) -> None:
+        self._host, self._me, self._config = host, me, config
+        self._events = events or EventLog(host.clock)
+        self._file = StateFile(host, config.state_dir)
+        self._members = Members(host, exit_is_proof=config.exit_is_proof, on_change=self._on_member)
+        self._book = CommandBook()
+        self._listeners: dict[tuple[str, str], list[Listening]] = {}
+        self._watchers: dict[Channel, None] = {}
+        self._changed = asyncio.Event()
+        self._unsaved_members = False
+        self._settled = False
+        """Whether the members were judged to stand at the current epoch."""
+        self._listener: Listener | None = None
+        self._started_s = 0.0
+        self.fleet = FleetState(Phase.RECOVERING, Epoch(), State.RUNNING, config.version)
+
+    # --- life -----------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Reads the state, decides what this life begins with, and listens. Raises `OSError` where it cannot."""
+        self._started_s = self._host.clock.monotonic_s()
+        stored, why = self._file.load()
+        if stored is None:
+            self._events.emit("coordinator_without_state", reason=why)
+        else:
+            self._book = CommandBook(stored.commands)
+            self._members.restore(stored.members)
+        names = frozenset(self._config.expected) | {
+            member.name for member in (stored.members if stored else ())
+        }
+        fleet, effects = restarted(
+            stored.fleet if stored else None,
+            term=self._me.incarnation,
+            version=self._config.version,
+            deadline_s=self._started_s + self._config.recovering_s,
+            expected=names,
+        )
+        await self._apply(fleet, effects)
+        self._listener = await serve_channels(
+            self._host,
+            self._config.address,
+            me=self._me,
+            accept=say.ToCoordinator,
+            on_channel=self._serve,
+        )
+
+    async def run(self) -> None:
+        """Raises `Deposed` when somebody else leads. A disk that takes nothing stops all changes, and no stream."""
+        told_s, refused = 0.0, ""
+        while self.fleet.phase is not Phase.DEPOSED:
+            now = self._host.clock.monotonic_s()
+            heartbeat = now - told_s >= HEARTBEAT_SECONDS
+            told_s = now if heartbeat else told_s
+            try:
+                await self._turn(now, heartbeat=heartbeat)
+                refused = ""
+            except OSError as error:
+                if str(error) != refused:
+                    self._events.emit("state_not_kept", reason=str(error))
+                refused = str(error)
+            await self._wait_for_change()
+        raise Deposed(
+            f"{self._me.name} has heard of a higher epoch and leads no more", hint="ask its successor"
+        )
+
+    async def _turn(self, now: float, *, heartbeat: bool) -> None:
+        self._members.look()
+        await self._apply(*transition(self.fleet, Tick(now)))
+        if heartbeat or self._changed.is_set():
+            self._changed.clear()
+            await self._tell(everybody=heartbeat)
+        await self._judge()
+        if self._unsaved_members:
+            self._save(self.fleet)
+
+    async def close(self) -> None:
+        if self._listener is not None:
+            await self._listener.close()
+        await self._members.close()
+
+    async def _wait_for_change(self) -> None:
+        try:
+            async with asyncio.timeout(TICK_SECONDS):
+                await self._changed.wait()
+        except TimeoutError:
+            pass
+
+    # --- what is decided ------------------------------------------------------------------------------------------
+
+    async def _apply(self, fleet: FleetState, effects: tuple[FleetEffect, ...]) -> None:
+        """Raises `OSError` when it cannot be kept; then nothing has changed and nobody was told."""
+        if any(isinstance(effect, Persist) for effect in effects):
+            self._save(fleet)
+        if fleet.epoch != self.fleet.epoch:
+            self._settled = False
+        self.fleet = fleet
+        for effect in effects:
+            match effect:
+                case TellMembers(target):
+                    self._events.emit("target", epoch=target.epoch, state=target.state, mode=target.mode)
+                    self._changed.set()
+                    await self._tell_members()
+                case StepDown(epoch):
+                    self._events.emit("coordinator_deposed", epoch=epoch)
+                    self._changed.set()
+                case Persist() | Accept():
+                    pass  # kept above; answered where the command was asked
+
+    def _save(self, fleet: FleetState) -> None:
+        self._file.save(fleet, self._book.records(), self._members.known())
+        self._unsaved_members = False
+
+    def _on_member(self, record: MemberRecord) -> None:
+        self._unsaved_members = True
+        self._changed.set()
+        self._events.emit("member", member=record.name, incarnation=record.incarnation, state=record.word)
+
+    # --- what is told ---------------------------------------------------------------------------------------------
+
+    async def _tell(self, *, everybody: bool) -> None:
+        if everybody:
+            await self._tell_members()
+        if self.fleet.phase is Phase.LEADING:
+            membership = self._membership()
+            for watcher in list(self._watchers):
+                await self._send(watcher, membership)
+
+    async def _tell_members(self) -> None:
+        if self.fleet.phase is not Phase.LEADING:
+            return
+        target = target_in_words(self.fleet.target)
+        for seat in self._members.seats():
+            if seat.channel is not None and needs_telling(seat.record, self.fleet.epoch):
+                await self._send(seat.channel, target)
+
+    def _membership(self) -> say.Membership:
+        fleet = self.fleet
+        holds = [hold_in_words(hold) for hold in fleet.holds]
+        return say.Membership(
+            fleet.epoch, fleet.state, fleet.version, holds, self._members.listing(fleet.epoch)
+        )
+
+    async def _send(self, channel: Channel, body: msgspec.Struct, answers: int = 0) -> None:
+        """A peer that cannot be told now is told when it comes back."""
+        try:
+            await channel.send(body, answers)
+        except ChannelClosed:
+            self._members.unbind(channel)
+            self._watchers.pop(channel, None)
+
+    # --- commands -------------------------------------------------------------------------------------------------
+
+    async def _judge(self) -> None:
+        """Finish the commands that can be, tell their listeners how far the others are, settle the epoch once."""
+        fleet, now = self.fleet, self._host.clock.monotonic_s()
+        if fleet.phase is not Phase.LEADING:
+            return
+        records = self._members.records()
+        settled = False
+        for record in self._book.under_way():
+            after, judged = judge(record, fleet, records, now)
+            if after.done:
+                self._finish(record, after)
+            settled |= bool(judged and judged.done and judged.ok)
+            await self._tell_listeners(after, progress_of(after, judged))
+        if not self._settled:
+            settled |= condition(records, fleet.epoch, fleet.state, unseen=fleet.awaited).ok
+            if settled:
+                self._settled = self.fleet.epoch == fleet.epoch
+                await self._apply(*transition(self.fleet, Settled(fleet.epoch, ok=True)))
+
+    def _finish(self, record: CommandRecord, after: CommandRecord) -> None:
+        """Raises `OSError`: it is under way until its outcome is kept."""
+        self._book.put(after)
+        try:
+            self._save(self.fleet)
+        except OSError:
+            self._book.put(record)
+            raise
+        self._events.emit("command_done", owner=record.owner, command=record.command, ok=after.ok)
+
+    async def _tell_listeners(self, record: CommandRecord, progress: say.CommandProgress) -> None:
+        listeners = self._listeners.get(record.key, [])
+        for listening in listeners:
+            if listening.told != progress:
+                listening.told = progress
+                await self._send(listening.channel, progress, listening.number)
+        if progress.done:
+            self._listeners.pop(record.key, None)
+        elif listeners:  # others may have come while these were told
+            living = [item for item in self._listeners.get(record.key, []) if item.channel.closed is None]
+            self._listeners[record.key] = living
+
+    async def _command(self, channel: Channel, received: Received, ask: say.Command) -> None:
+        record = self._book.get(ask.owner, ask.command_id)
+        if record is None:
+            try:
+                record = await self._accept(ask)
+            except CommandRefused as refused:
+                code = "recovering" if self.fleet.phase is Phase.RECOVERING else "refused"
+                await channel.fault(received, code, str(refused), refused.retryable)
+                return
+            except ValueError as error:
+                await channel.fault(received, "invalid", str(error))
+                return
+            except OSError as error:
+                self._book.drop(ask.owner, ask.command_id)
+                why = f"the coordinator could not keep the command, so it was not begun: {error}"
+                await channel.fault(received, "not_kept", why, retryable=True)
+                return
+        await self._send(channel, say.CommandAccepted(record.epoch), received.number)
+        record = self._book.get(ask.owner, ask.command_id) or record  # it may have ended meanwhile
+        if record.done:
+            await self._send(channel, progress_of(record), received.number)
+        else:
+            listeners = [item for item in self._listeners.get(record.key, []) if item.channel is not channel]
+            self._listeners[record.key] = [*listeners, Listening(channel, received.number)]
+            self._changed.set()
+
+    async def _accept(self, ask: say.Command) -> CommandRecord:
+        """Raises `CommandRefused`, or ValueError in words; then nothing has changed."""
+        event = commanded(ask, self._host.clock.monotonic_s())
+        fleet, effects = transition(self.fleet, event)
+        if event.command not in BUILT:
+            raise CommandRefused(
+                f"{event.command} is not built yet: no engine of this fleet can do it",
+                hint="PAUSE, UNPAUSE and STOP are",
+                command=event.command,
+                state=self.fleet.state,
+                epoch=self.fleet.epoch,
+            )
+        if self._book.full:
+            raise CommandRefused("too many commands are under way", hint="ask again later", retryable=True)
+        record = CommandRecord(
+            owner=ask.owner,
+            command_id=ask.command_id,
+            command=event.command,
+            epoch=fleet.epoch,
+            wanted=State.STOPPED if event.command is Verb.STOP else fleet.state,
+            deadline_s=self._host.clock.monotonic_s() + ask.timeout_s,
+            allow_unknown=ask.allow_unknown,
+        )
+        self._book.put(record)
+        if not any(isinstance(effect, Persist) for effect in effects):
+            effects = (Persist(), *effects)  # the record itself must outlive us
+        await self._apply(fleet, effects)
+        self._events.emit("command", owner=ask.owner, command=event.command, epoch=fleet.epoch)
+        return record
+
+    # --- what is heard --------------------------------------------------------------------------------------------
+
+    async def _serve(self, channel: Channel) -> None:
+        try:
+            async for received in channel.messages():
+                await self._hear(channel, received)
+        finally:
+            self._members.unbind(channel)
+            self._watchers.pop(channel, None)
+
+    async def _hear(self, channel: Channel, received: Received) -> None:
+        match received.body:
+            case say.MemberReport() as said:
+                await self._report(channel, received, said)
+            case say.WatchMembership():
+                self._watchers[channel] = None
+                if self.fleet.phase is Phase.LEADING:
+                    await self._send(channel, self._membership())
+            case say.GetStatus() if self.fleet.phase is Phase.LEADING:
+                await self._send(channel, self._membership(), received.number)
+            case say.GetStatus():
+                why = "the coordinator lost its state and is still hearing what its members stand at"
+                await channel.fault(received, "recovering", why, retryable=True)
+            case say.MemberGone(name, incarnation):
+                await self._gone(channel, received, name, incarnation)
+            case say.Command() as ask:
+                await self._command(channel, received, ask)
+
+    async def _gone(self, channel: Channel, received: Received, name: str, incarnation: int) -> None:
+        """Answered once it is kept: until then the launcher says it again."""
+        self._members.gone(name, incarnation)
+        try:
+            await self._apply(*transition(self.fleet, Excused(name)))
+        except OSError as error:
+            await channel.fault(received, "not_kept", str(error), retryable=True)
+            return
+        await self._send(channel, self._membership(), received.number)
+
+    async def _report(self, channel: Channel, received: Received, said: say.MemberReport) -> None:
+        try:
+            stale = self._members.report(channel, said)
+            heard = None if said.heard is None else target_in_types(said.heard)
+        except ValueError as error:
+            await channel.fault(received, "invalid", str(error))
+            return
+        except InterlockError as error:
+            await channel.fault(received, "full", str(error), retryable=True)
+            return
+        if stale is not None:
+            self._events.emit("stale_life", member=channel.peer.name, incarnation=channel.peer.incarnation)
+            over = f"this life of {channel.peer.name} is over"
+            await self._send(channel, Rejected(over, stale.known), received.number)
+            return
+        try:
+            await self._apply(*transition(self.fleet, Heard(channel.peer.name, heard, said.version)))
+        except OSError as error:  # it reports again
+            self._events.emit("state_not_kept", reason=str(error))
+            return
+        record = self._members.record(channel.peer.name)
+        if self.fleet.phase is Phase.LEADING and needs_telling(record, self.fleet.epoch):
+            await self._send(channel, target_in_words(self.fleet.target))

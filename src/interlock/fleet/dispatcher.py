@@ -1,0 +1,309 @@
+"""The front's hand on the fleet: requests go out to engines, tokens come in, and a death on the way is not noticed.
+
+Here stand the occasions: a membership heard, an engine reached, suspected or proven gone, a moment passed. What they mean for
+requests is in `requests`; `router` decides where, `continuation` as what, `ledger` which words count. Nothing here waits for a
+peer: sending fills bounded outboxes, and each link reads in a task of its own. While the fleet is paused nothing is dispatched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator
+
+from interlock.core.limits import NO_MEMBER_SECONDS_MAX, REQUESTS_IN_FLIGHT_MAX
+from interlock.core.roster import Sight
+from interlock.core.targets import State
+from interlock.fleet.client import FleetClient
+from interlock.fleet.engine_link import EngineLink
+from interlock.fleet.generation import Generated, Generation, NoMember, Overloaded, RequestFailed
+from interlock.fleet.ledger import GenerationRequest, Ledger, Life
+from interlock.fleet.membership_view import MembershipView
+from interlock.fleet.requests import Requests
+from interlock.fleet.router import life_of, may_take_work
+from interlock.host.base import Host
+from interlock.telemetry.events import EventLog
+from interlock.wire.engine_messages import Abort, Cursor, Refused, Tokens
+from interlock.wire.fleet_messages import Command, CommandProgress, Member, Membership
+from interlock.wire.identity import Identity
+
+__all__ = [
+    "Dispatcher",
+    "Generated",
+    "Generation",
+    "GenerationRequest",
+    "NoMember",
+    "Overloaded",
+    "RequestFailed",
+]
+
+_log = logging.getLogger(__name__)
+TICK_SECONDS = 0.1
+"""How late a deadline, a silence or the end of a block may be noticed."""
+ENDED = (Sight.LOST, State.STOPPED)
+
+
+class Dispatcher:
+    """One front's dispatcher. `async with Dispatcher(...)`, or `start()` and `close()`, inside a running loop."""
+
+    def __init__(
+        self,
+        host: Host,
+        identity: Identity,
+        coordinator_address: str,
+        *,
+        events: EventLog | None = None,
+        requests_max: int = REQUESTS_IN_FLIGHT_MAX,
+        no_member_s: float = NO_MEMBER_SECONDS_MAX,
+    ) -> None:
+        self.stale: asyncio.Future[Exception] | None = None
+        """Done when this process must stop: a newer life of this front is known, or a part of it has failed."""
+        self._host, self._me, self._address = host, identity, coordinator_address
+        self._events = events or EventLog(host.clock)
+        self._requests = Requests(host.clock, self._events, self, requests_max)
+        self._no_member_s = no_member_s
+        self._memberless_since_s: float | None = None
+        self._links: dict[Life, EngineLink] = {}
+        self._over: dict[str, int] = {}
+        """Name → highest life of it that is proven over: a late membership does not bring it back."""
+        self._view: MembershipView | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._errands: set[asyncio.Task[None]] = set()
+
+    # --- life -----------------------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Dispatcher:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def start(self) -> None:
+        self.stale = asyncio.get_running_loop().create_future()
+        self._view = MembershipView(self._host, self._me, self._address, self._on_membership, self.on_stale)
+        self._tasks = [
+            asyncio.create_task(self._pump(), name="dispatcher pump"),
+            asyncio.create_task(self._tick(), name="dispatcher tick"),
+        ]
+        for task in self._tasks:
+            task.add_done_callback(self._on_end)
+
+    async def close(self) -> None:
+        """Aborts what is in flight, tells the engines, and lets go of everything. Idempotent."""
+        self._requests.fail_all(RequestFailed("closed", "the front is shutting down", retryable=True))
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, *self._errands, return_exceptions=True)
+        if self._view is not None:
+            await self._view.close()
+        await asyncio.gather(*(link.close() for link in self._links.values()))
+        self._links.clear()
+
+    # --- what the web layer asks ----------------------------------------------------------------------------------
+
+    @property
+    def membership(self) -> Membership | None:
+        """The coordinator's last word; None before the first."""
+        return self._view.current if self._view else None
+
+    @property
+    def coordinator_connected(self) -> bool:
+        return self._view is not None and self._view.connected
+
+    @property
+    def ready(self) -> bool:
+        """Whether some engine may take work now."""
+        view = self.membership
+        return view is not None and any(
+            may_take_work(m, view) and self.usable(life_of(m), view) for m in view.members
+        )
+
+    @property
+    def ledger(self) -> Ledger:
+        return self._requests.ledger
+
+    @property
+    def counters(self) -> Counter[str]:
+        """Since start: requests, dispatches, continuations, restarts, aborts, ends by cause, deltas by verdict."""
+        return self._requests.counters
+
+    def in_flight(self) -> dict[str, int]:
+        """Requests by engine; "" are those that wait."""
+        counts: Counter[str] = Counter({"": self._requests.waiting})
+        for life in self.ledger.lives():
+            counts[life.name] += self.ledger.in_flight(life)
+        return dict(counts)
+
+    def submit(self, request: GenerationRequest) -> Generation:
+        """Accepts the request, to run when an engine can. Raises `Overloaded` or `NoMember`; then nothing was begun."""
+        if self.ledger.full:
+            self.counters["overloaded"] += 1
+            raise Overloaded(
+                f"{self.ledger.capacity} requests are in flight or waiting, and no more are taken"
+            )
+        impossible = self._why_never()
+        if impossible is not None:
+            self.counters["no_member"] += 1
+            raise impossible
+        return self._requests.add(request)
+
+    def admin(self, command: Command) -> AsyncIterator[CommandProgress]:
+        """Passes a command to the coordinator; yields its progress. Raises as `FleetClient.command` does."""
+        return FleetClient(self._host, self._address, self._me).command(command)
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when the books do not balance."""
+        self._requests.check_integrity()
+
+    # --- membership -----------------------------------------------------------------------------------------------
+
+    def _why_never(self) -> NoMember | None:
+        view = self.membership
+        if view is None:
+            why = self._view.last_error if self._view else "not started"
+            return NoMember(
+                f"this front has not heard from the coordinator yet ({why})",
+                hint="wait for the fleet to start, or look at the coordinator's log",
+                retryable=True,
+            )
+        if view.target == State.STOPPED:
+            return NoMember("the fleet is stopped", hint="start it, then ask again")
+        if all(member.state in ENDED for member in view.members):
+            return NoMember(
+                "no engine is alive",
+                hint="the supervisor restarts them; if none comes, look at the engines' logs",
+                retryable=True,
+            )
+        return None
+
+    def _on_end(self, task: asyncio.Task[None]) -> None:
+        """A defect of ours: better no front, which is noticed and restarted, than one that hangs."""
+        if not task.cancelled() and isinstance(error := task.exception(), Exception):
+            _log.error("%s failed", task.get_name(), exc_info=error)
+            self.on_stale(error)
+
+    def _on_membership(self, view: Membership) -> None:
+        newest = {member.name: member.incarnation for member in view.members}
+        for member in view.members:
+            self._on_member(life_of(member), member)
+        for life, link in list(self._links.items()):
+            if life.incarnation < newest.get(life.name, 0):
+                self.on_gone(link, "a newer life of it is a member")
+            elif life.name not in newest and not link.up and not self.ledger.in_flight(life):
+                self._drop(link)  # a coordinator that started again has not heard of it, and neither have we
+        if view.target == State.STOPPED:
+            stopped = RequestFailed("stopped", "the fleet was stopped", hint="start it, then ask again")
+            self._requests.fail_waiting(stopped)
+        self._requests.wake.set()
+
+    def _on_member(self, life: Life, member: Member) -> None:
+        link = self._links.get(life)
+        if member.state in ENDED:
+            if link is not None and member.state == Sight.LOST:
+                self.on_gone(link, "the coordinator saw its end")
+            return
+        if link is None and life.incarnation > self._over.get(life.name, 0):
+            self._links[life] = EngineLink(self._host, self._me, life, member.facts, self)
+        if member.state == Sight.SUSPECT:
+            self._suspect(life)
+
+    def _suspect(self, life: Life) -> None:
+        view = self.membership
+        if view is not None and self.candidates(view, life):
+            self._requests.leave(life)
+
+    # --- how engines are reached (Roads) --------------------------------------------------------------------------
+
+    def link(self, life: Life) -> EngineLink | None:
+        return self._links.get(life)
+
+    def usable(self, life: Life, view: Membership) -> bool:
+        link = self._links.get(life)
+        return link is not None and link.usable(view.epoch)
+
+    def candidates(self, view: Membership, besides: Life) -> bool:
+        return any(
+            life_of(m) != besides and may_take_work(m, view) and self.usable(life_of(m), view)
+            for m in view.members
+        )
+
+    def post(self, life: Life, body: Abort) -> None:
+        link = self._links.get(life)
+        if link is not None and link.up:
+            self._run_errand(asyncio.create_task(link.send(body)))
+
+    # --- what links tell (LinkOwner) ------------------------------------------------------------------------------
+
+    def wanted(self, life: Life) -> list[Cursor]:
+        return self._requests.wanted(life)
+
+    def on_up(self) -> None:
+        self._requests.wake.set()
+
+    async def on_tokens(self, link: EngineLink, tokens: Tokens) -> None:
+        await self._requests.on_tokens(link, tokens)
+
+    async def on_refused(self, link: EngineLink, refused: Refused) -> None:
+        await self._requests.on_refused(link, refused)
+
+    def on_unreachable(self, link: EngineLink) -> None:
+        self._suspect(link.life)
+
+    def on_stale(self, error: Exception) -> None:
+        if self.stale is not None and not self.stale.done():
+            self._events.emit("front_must_stop", reason=str(error))
+            self.stale.set_result(error)
+
+    def on_gone(self, link: EngineLink, why: str) -> None:
+        """Proven over: its requests go on elsewhere."""
+        life = link.life
+        if self._links.get(life) is not link:
+            return
+        self._over[life.name] = max(self._over.get(life.name, 0), life.incarnation)
+        self._drop(link)
+        count = self._requests.lost(life, why)
+        self.counters["engines_gone"] += 1
+        self._events.emit(
+            "engine_gone", engine=life.name, incarnation=life.incarnation, why=why, requests=count
+        )
+
+    def _drop(self, link: EngineLink) -> None:
+        del self._links[link.life]
+        self._run_errand(asyncio.create_task(link.close(), name=f"close {link.life}"))
+
+    def _run_errand(self, task: asyncio.Task[None]) -> None:
+        self._errands.add(task)
+        task.add_done_callback(self._errands.discard)
+
+    # --- time -----------------------------------------------------------------------------------------------------
+
+    async def _pump(self) -> None:
+        requests = self._requests
+        while True:
+            await requests.wake.wait()
+            requests.wake.clear()
+            while requests.waiting and await requests.dispatch_next():
+                pass
+
+    async def _tick(self) -> None:
+        while True:
+            await self._host.clock.sleep_s(TICK_SECONDS)
+            self._requests.expire()
+            for life, link in list(self._links.items()):
+                if link.silent:
+                    self._suspect(life)
+            self._judge_members()
+            if self._requests.waiting:
+                self._requests.wake.set()
+
+    def _judge_members(self) -> None:
+        impossible = self._why_never()
+        now = self._host.clock.monotonic_s()
+        if impossible is None:
+            self._memberless_since_s = None
+        elif self._memberless_since_s is None:
+            self._memberless_since_s = now
+        elif now - self._memberless_since_s > self._no_member_s:
+            self._requests.fail_waiting(RequestFailed("no_member", str(impossible), retryable=True))

@@ -1,0 +1,127 @@
+"""One request's answer as its reader sees it: pieces as they come, an end, or an error by name.
+
+The reader may be slow: pieces wait here, joined into one, up to a bound, and nobody else waits for them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import msgspec
+
+from interlock.core.errors import InterlockError
+from interlock.core.limits import RETRY_AFTER_SECONDS, STREAM_TOKENS_BUFFER_MAX
+from interlock.fleet.ledger import GenerationRequest
+from interlock.wire.engine_messages import TokenLogprobs
+
+
+class Overloaded(InterlockError):  # noqa: N818 - what is, as in core/errors
+    """No room for this request now; it was not begun. Ask again after `retry_after_s` seconds."""
+
+    def __init__(self, message: str, retry_after_s: float = RETRY_AFTER_SECONDS) -> None:
+        super().__init__(message, retryable=True, hint=f"ask again in {retry_after_s} s")
+        self.retry_after_s = retry_after_s
+
+
+class NoMember(InterlockError):  # noqa: N818
+    """The fleet has no engine that could ever take this request as things stand."""
+
+
+class RequestFailed(InterlockError):  # noqa: N818
+    """The request ended without its end. `code`: "invalid", "deadline", "cannot_continue", "engine_failed", "slow_reader",
+    "no_member", "stopped", "closed"."""
+
+    def __init__(self, code: str, message: str, *, hint: str = "", retryable: bool = False) -> None:
+        super().__init__(message, hint=hint, retryable=retryable, code=code)
+        self.code = code
+        self.message = message
+
+
+class Generated(msgspec.Struct, frozen=True):
+    """New tokens since the last piece. `finish` is not empty in the last one: "stop", "length" or "abort".
+
+    `logprobs` has one entry a token when the request asked for them. `cached_tokens` counts the tokens of the client's
+    prompt whose KV was reused where the request first ran. `detail`: the stop token's id, if one ended it.
+    """
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs]
+    finish: str
+    cached_tokens: int
+    detail: str = ""
+
+
+class Generation:
+    """Async iterator of `Generated`, made by `Dispatcher.submit`. Leave it by `abort()` if not by its end.
+
+    Iterating raises `Overloaded`, `NoMember` or `RequestFailed`.
+    """
+
+    def __init__(self, request: GenerationRequest, abort: Callable[[str], Awaitable[None]]) -> None:
+        self.request = request
+        self.engine = ""
+        """Name of the engine that runs it, or ran it last; empty before the first dispatch."""
+        self.attempts = 0
+        """Dispatches so far."""
+        self._abort = abort
+        self._tokens: list[int] = []
+        self._logprobs: list[TokenLogprobs] = []
+        self._finish = self._detail = ""
+        self._cached: int | None = None
+        self._error: InterlockError | None = None
+        self._filled = asyncio.Event()
+        self._over = False
+
+    def __aiter__(self) -> Generation:
+        return self
+
+    async def __anext__(self) -> Generated:
+        if self._over:
+            raise StopAsyncIteration
+        await self._filled.wait()
+        if self._tokens or self._finish:
+            piece = Generated(self._tokens, self._logprobs, self._finish, self._cached or 0, self._detail)
+            self._tokens, self._logprobs = [], []
+            self._over = bool(self._finish)
+            if self._error is None:
+                self._filled.clear()
+            return piece
+        self._over = True
+        if self._error is not None:
+            raise self._error
+        raise StopAsyncIteration
+
+    async def abort(self) -> None:
+        """Nobody reads on: the request is ended wherever it runs. Idempotent, harmless after the end."""
+        await self._abort(self.request.id)
+
+    # --- the dispatcher's side ------------------------------------------------------------------------------------
+
+    def push(
+        self, tokens: list[int], logprobs: list[TokenLogprobs], finish: str, cached: int, detail: str
+    ) -> bool:
+        """False: the reader is so far behind that nothing more is kept for it."""
+        if len(self._tokens) + len(tokens) > STREAM_TOKENS_BUFFER_MAX:
+            return False
+        if self._cached is None:
+            self._cached = min(cached, len(self.request.prompt))
+        self._tokens += tokens
+        self._logprobs += logprobs
+        if finish:
+            self._finish, self._detail = finish, detail
+        if tokens or finish:
+            self._filled.set()
+        return True
+
+    def fail(self, error: InterlockError) -> None:
+        """What was delivered before can still be read; then `error` is raised."""
+        if not self._finish and self._error is None:
+            self._error = error
+            self._filled.set()
+
+    def close(self) -> None:
+        """Aborted by its own reader: nothing more comes."""
+        self._over = True
+        self._tokens, self._logprobs = [], []
+        self._filled.set()

@@ -1,0 +1,98 @@
+"""What a front knows of the fleet: the coordinator's last word, kept while the coordinator is away.
+
+The link is made again for ever. A coordinator that is dead, or has lost its state and is not sure yet, says nothing; the
+last membership then stays in force, so that no stream notices. A word of an epoch lower than one heard is an old
+coordinator's and is dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from interlock.core.errors import InterlockError, StaleError
+from interlock.core.limits import (
+    HELLO_SECONDS_MAX,
+    RECONNECT_SECONDS_MAX,
+    RECONNECT_SECONDS_MIN,
+    SILENCE_SECONDS_MAX,
+)
+from interlock.host.base import Host
+from interlock.wire.channel import Channel, connect_channel
+from interlock.wire.fleet_messages import Membership, WatchMembership
+from interlock.wire.identity import Identity
+
+
+class MembershipView:
+    """Follows the coordinator at `address`; `on_change` is called after each word that differs from the last."""
+
+    def __init__(
+        self,
+        host: Host,
+        me: Identity,
+        address: str,
+        on_change: Callable[[Membership], None],
+        on_stale: Callable[[Exception], None],
+    ) -> None:
+        self.current: Membership | None = None
+        self.last_error = "not connected yet"
+        self._host, self._me, self._address = host, me, address
+        self._on_change, self._on_stale = on_change, on_stale
+        self._channel: Channel | None = None
+        self._task = asyncio.create_task(self._run(), name="membership")
+        self._task.add_done_callback(self._on_end)
+
+    @property
+    def connected(self) -> bool:
+        channel = self._channel
+        return channel is not None and channel.closed is None and channel.silent_for_s < SILENCE_SECONDS_MAX
+
+    async def close(self) -> None:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    def _on_end(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and isinstance(error := task.exception(), Exception):
+            self._on_stale(error)
+
+    async def _run(self) -> None:
+        pause_s = RECONNECT_SECONDS_MIN
+        while True:
+            try:
+                channel = await connect_channel(
+                    self._host,
+                    self._address,
+                    me=self._me,
+                    role="front",
+                    accept=Membership,
+                    deadline_s=HELLO_SECONDS_MAX,
+                )
+                try:
+                    pause_s = RECONNECT_SECONDS_MIN
+                    await self._follow(channel)
+                finally:
+                    self._channel = None
+                    await channel.close()
+            except StaleError as error:
+                self._on_stale(error)
+                return
+            except (OSError, TimeoutError, InterlockError) as error:
+                self.last_error = str(error)
+            await self._host.clock.sleep_s(pause_s)
+            pause_s = min(2 * pause_s, RECONNECT_SECONDS_MAX)
+
+    async def _follow(self, channel: Channel) -> None:
+        self._channel = channel
+        await channel.send(WatchMembership())
+        async for received in channel.messages():
+            word = received.body
+            if not isinstance(word, Membership):
+                continue
+            known = self.current
+            if known is not None and word.epoch < known.epoch:
+                self.last_error = f"{channel.peer} speaks of epoch {word.epoch}, {known.epoch} is known"
+                continue
+            self.current = word
+            if word != known:
+                self._on_change(word)
+        self.last_error = str(channel.closed)

@@ -1,0 +1,49 @@
+"""The coordinator's matters in the words of the wire, and in the types of core. What comes from outside is judged here."""
+
+from __future__ import annotations
+
+from interlock.core.fleet_state import Commanded
+from interlock.core.limits import NAME_CHARS_MAX, REQUEST_SECONDS_MAX
+from interlock.core.targets import Command as Verb
+from interlock.core.targets import Hold, Mode, State
+from interlock.core.targets import Target as CoreTarget
+from interlock.wire import fleet_messages as say
+
+
+def hold_in_words(hold: Hold) -> say.Hold:
+    return say.Hold(hold.owner, hold.mode, hold.deadline_s)
+
+
+def target_in_words(target: CoreTarget) -> say.Target:
+    holds = [hold_in_words(hold) for hold in target.holds]
+    return say.Target(target.epoch, target.state, target.mode, target.version, holds)
+
+
+def target_in_types(target: say.Target) -> CoreTarget:
+    """Raises ValueError for words that do not exist."""
+    holds = tuple(Hold(hold.owner, Mode(hold.mode), hold.deadline_s) for hold in target.holds)
+    return CoreTarget(target.epoch, State(target.state), Mode(target.mode), target.version, holds)
+
+
+def commanded(ask: say.Command, now_s: float) -> Commanded:
+    """Raises ValueError in words for what no command may say."""
+    if not 0 < ask.timeout_s <= REQUEST_SECONDS_MAX:
+        raise ValueError(f"timeout_s must be above 0 and at most {REQUEST_SECONDS_MAX}, not {ask.timeout_s}")
+    if ask.hold_seconds is not None and not 0 < ask.hold_seconds < float("inf"):
+        raise ValueError(f"hold_seconds must be above 0 and finite, not {ask.hold_seconds}")
+    if ask.command not in Verb.__members__:
+        raise ValueError(f"{ask.command[:NAME_CHARS_MAX]!r} is no command; there are {', '.join(Verb)}")
+    if ask.mode not in set(Mode):
+        raise ValueError(f"{ask.mode[:NAME_CHARS_MAX]!r} is no pause mode; there are {', '.join(Mode)}")
+    for field in ("command_id", "version", "break_hold_of"):
+        if len(getattr(ask, field) or "") > NAME_CHARS_MAX:
+            raise ValueError(f"{field} must have at most {NAME_CHARS_MAX} characters")
+    return Commanded(
+        Verb(ask.command),
+        ask.owner,
+        Mode(ask.mode),
+        None if ask.hold_seconds is None else now_s + ask.hold_seconds,
+        ask.version,
+        ask.break_hold_of,
+        ask.composite,
+    )
