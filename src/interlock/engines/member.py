@@ -1,0 +1,227 @@
+"""The engine as a member of the fleet: hears targets, walks to them by `core.lifecycle`, and reports what it is.
+
+The protocol is core's; here its effects become calls to the engine and words to the coordinator. A coordinator that is away
+changes nothing: the member stays what it is and keeps trying to connect, for ever, at most once a second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import Callable
+
+from interlock.core import lifecycle
+from interlock.core.errors import InterlockError, ProtocolError, StaleError
+from interlock.core.identity import Epoch
+from interlock.core.lifecycle import (
+    Admission,
+    AnswerHigher,
+    Begin,
+    Leave,
+    MemberEvent,
+    MemberState,
+    Mode,
+    Report,
+    State,
+    Step,
+    StepFailed,
+    StepFinished,
+    TargetHeard,
+)
+from interlock.core.limits import (
+    HEARTBEAT_SECONDS,
+    HELLO_SECONDS_MAX,
+    RECONNECT_SECONDS_MAX,
+    RECONNECT_SECONDS_MIN,
+)
+from interlock.engines.base import Engine, EngineGone
+from interlock.host.base import Host
+from interlock.wire import fleet_messages as wire
+from interlock.wire.channel import Channel, connect_channel
+from interlock.wire.identity import Identity
+
+_log = logging.getLogger(__name__)
+
+
+class Member:
+    """One life of one engine. `leave` is called once, with the reason, when this process shall end."""
+
+    def __init__(
+        self,
+        host: Host,
+        me: Identity,
+        engine: Engine,
+        *,
+        coordinator: str,
+        facts: wire.EngineFacts,
+        leave: Callable[[str, bool], None],
+    ) -> None:
+        self._host, self._me, self._engine = host, me, engine
+        self._coordinator, self._facts, self._leave = coordinator, facts, leave
+        self.state = MemberState()
+        self._changed = asyncio.Event()
+        self._step: asyncio.Task[None] | None = None
+        self._link: asyncio.Task[None] | None = None
+        self._channel: Channel | None = None
+
+    def begin(self, version: str) -> None:
+        """The engine has started, with the weights of `version`: join the fleet."""
+        self._apply(StepFinished(self.state.attempt, version))
+        self._link = asyncio.create_task(self._keep_connected(), name="coordinator link")
+
+    async def close(self) -> None:
+        """Says what we are for the last time, if anybody listens, and stops listening."""
+        if self._channel is not None:
+            with contextlib.suppress(ConnectionError):
+                await self._channel.send(self.report())
+            await self._channel.close()
+        tasks = [task for task in (self._link, self._step) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def judge(self, epoch: Epoch) -> tuple[Admission, Epoch, str]:
+        """For the desk: whether work of this epoch may begin now."""
+        return lifecycle.admission(self.state, epoch), self.state.epoch, self.state.state.value
+
+    # --- the walk ------------------------------------------------------------------------------------------------
+
+    def _apply(self, event: MemberEvent) -> None:
+        before = self.state.state
+        self.state, effects = lifecycle.transition(self.state, event)
+        if self.state.state is not before:
+            _log.info("%s -> %s at epoch %s", before, self.state.state, self.state.epoch)
+        for effect in effects:
+            match effect:
+                case Begin():
+                    self._begin_step(effect)
+                case (
+                    Report() | AnswerHigher()
+                ):  # a report carries the highest target heard, so it answers both
+                    self._changed.set()
+                case Leave(why):
+                    self._changed.set()
+                    self._leave(why, self.state.failed is None)
+
+    def _begin_step(self, begin: Begin) -> None:
+        if self._step is not None and self._step is not asyncio.current_task():
+            self._step.cancel()  # core replaces a step by another only where the engine allows it: a stricter pause
+        self._step = asyncio.create_task(self._take(begin), name=f"step {begin.step}")
+
+    async def _take(self, begin: Begin) -> None:
+        try:
+            await self._perform(begin.step, begin.mode)
+        except NotImplementedError as error:
+            self._apply(StepFailed(begin.attempt, str(error), unchanged=True))
+        except EngineGone as error:
+            self._leave(str(error), False)
+        except Exception as error:
+            _log.exception("%s failed", begin.step)
+            self._apply(StepFailed(begin.attempt, f"{begin.step} failed: {type(error).__name__}: {error}"))
+        else:
+            version = self.state.version if begin.step is not Step.STOP else None
+            self._apply(StepFinished(begin.attempt, version))
+
+    async def _perform(self, step: Step, mode: Mode) -> None:
+        match step:
+            case Step.PAUSE:
+                await self._engine.pause(mode)
+            case Step.UNPAUSE:
+                await self._engine.unpause()
+            case Step.STOP:
+                await self._engine.stop()
+            case _:
+                raise NotImplementedError(
+                    f"this engine cannot {step.value}: it is not implemented for {self._facts.engine} yet"
+                )
+
+    # --- the coordinator -----------------------------------------------------------------------------------------
+
+    async def _keep_connected(self) -> None:
+        pause_s = RECONNECT_SECONDS_MIN
+        while True:
+            try:
+                channel = await connect_channel(
+                    self._host,
+                    self._coordinator,
+                    me=self._me,
+                    role="engine",
+                    accept=wire.Target,
+                    deadline_s=HELLO_SECONDS_MAX,
+                )
+            except StaleError as error:
+                self._leave(str(error), False)
+                return
+            except (OSError, TimeoutError, InterlockError) as error:
+                _log.debug("the coordinator cannot be reached: %s", error)
+            else:
+                pause_s = RECONNECT_SECONDS_MIN
+                try:
+                    await self._converse(channel)
+                except StaleError as error:
+                    self._leave(str(error), False)
+                    return
+                except (OSError, InterlockError) as error:
+                    _log.warning("the channel to the coordinator ended: %s", error)
+                finally:
+                    await channel.close()
+            # Jitter: after a coordinator's restart a thousand engines come back, not all in one moment.
+            await self._host.clock.sleep_s(pause_s * random.uniform(0.5, 1.0))
+            pause_s = min(2 * pause_s, RECONNECT_SECONDS_MAX)
+
+    async def _converse(self, channel: Channel) -> None:
+        self._channel = channel
+        reporter = asyncio.create_task(self._report(channel))
+        try:
+            async for received in channel.messages():
+                if isinstance(received.body, wire.Target):
+                    self._hear(received.body)
+        finally:
+            self._channel = None
+            reporter.cancel()
+            await asyncio.gather(reporter, return_exceptions=True)
+
+    def _hear(self, told: wire.Target) -> None:
+        try:
+            self._apply(TargetHeard(_heard(told)))
+        except (ValueError, ProtocolError) as error:
+            _log.error("the coordinator's target is refused: %s", error)
+
+    async def _report(self, channel: Channel) -> None:
+        """On every change and at every heartbeat; the first one registers us."""
+        with contextlib.suppress(ConnectionError):
+            while True:
+                self._changed.clear()
+                await channel.send(self.report())
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(HEARTBEAT_SECONDS):
+                        await self._changed.wait()
+
+    def report(self) -> wire.MemberReport:
+        state = self.state
+        return wire.MemberReport(
+            facts=self._facts,
+            state=state.state.value,
+            epoch=state.epoch,
+            standing=state.standing,
+            version=state.version,
+            load=self._engine.load(),
+            heard=_told(state.heard) if state.heard is not None else None,
+            failed=state.failed,
+        )
+
+
+def _heard(told: wire.Target) -> lifecycle.Target:
+    """Raises `ValueError` for words that are no state, no mode, or no state that can be a target."""
+    state = State(told.state)
+    if state not in lifecycle.TARGETS:
+        raise ValueError(f"{state} cannot be a target")
+    holds = tuple(lifecycle.Hold(h.owner, Mode(h.mode), h.deadline_s) for h in told.holds)
+    return lifecycle.Target(told.epoch, state, Mode(told.mode), told.version, holds)
+
+
+def _told(target: lifecycle.Target) -> wire.Target:
+    holds = [wire.Hold(h.owner, h.mode.value, h.deadline_s) for h in target.holds]
+    return wire.Target(target.epoch, target.state.value, target.mode.value, target.version, holds)
