@@ -1,0 +1,163 @@
+"""One choice of an answer on its way: token ids from the fleet become text, logprobs and an end, piece by piece."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+
+import msgspec
+
+from interlock.core.errors import InterlockError
+from interlock.fleet.generation import Generation, RequestFailed
+from interlock.fleet.ledger import GenerationRequest
+from interlock.text.stream import TextStream
+from interlock.web.front import Front
+from interlock.web.requests import Job
+from interlock.wire.engine_messages import TokenLogprobs
+
+
+class Piece(msgspec.Struct, frozen=True):
+    """News of one choice. `finish_reason` stands in its last piece: "stop", "length" or "abort"."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs]
+    finish_reason: str | None
+
+
+class Choice:
+    """`index` counts through the whole answer: all choices of the first prompt, then of the second."""
+
+    def __init__(self, front: Front, job: Job, index: int) -> None:
+        self.index = index
+        self.prompt = job.prompts[index // job.best_of]
+        sampling = job.sampling[index // job.best_of]
+        number = index % job.best_of
+        if number and sampling.seed is not None:
+            # As vLLM: equal seeds would give equal choices.
+            seed = (sampling.seed + number + 2**63) % 2**64 - 2**63
+            sampling = msgspec.structs.replace(sampling, seed=seed)
+        self._stream = TextStream(
+            front.text,
+            prompt=self.prompt.ids,
+            stops=job.stops,
+            include_stop=job.include_stop,
+            skip_special=job.skip_special,
+            end_ids=job.end_ids,
+            min_tokens=sampling.min_tokens,
+        )
+        self.cached_tokens = 0
+        self.done = False
+        self.generation: Generation = front.fleet.submit(
+            GenerationRequest(
+                id=f"{job.id}-{index}",
+                prompt=self.prompt.ids,
+                sampling=sampling,
+                tenant=job.tenant,
+                priority=job.priority,
+                engine=job.engine,
+            )
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Generated so far, as usage counts them."""
+        return self._stream.tokens
+
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
+        """Raises what the fleet raises. After its end nothing of this choice runs anywhere."""
+        stream = self._stream
+        async for got in self.generation:
+            before = stream.tokens
+            text = stream.push(got.token_ids)
+            taken = stream.tokens - before
+            self.cached_tokens = got.cached_tokens
+            finish: str | None = got.finish or None
+            if stream.stopped is not None:
+                finish = "stop"
+                await self.generation.abort()
+            elif finish is not None:
+                text += stream.finish()
+            self.done = finish is not None
+            yield Piece(self.index, text, got.token_ids[:taken], got.logprobs[:taken], finish)
+            if self.done:
+                return
+        raise RequestFailed("closed", "the request was ended from within before its end", retryable=True)
+
+    async def abort(self) -> None:
+        if not self.done:
+            self.done = True
+            await self.generation.abort()
+
+
+class Choices:
+    """All choices of one job. `begin` raises what `submit` raises. `close` when it is left, however."""
+
+    def __init__(self, front: Front, job: Job) -> None:
+        self._choices: list[Choice] = []
+        self._job = job
+        self._front = front
+
+    def begin(self) -> None:
+        for index in range(len(self._job.prompts) * self._job.best_of):
+            self._choices.append(Choice(self._front, self._job, index))
+
+    async def close(self) -> None:
+        for choice in self._choices:
+            await choice.abort()
+
+    @property
+    def engine(self) -> str:
+        """Who runs the first choice; empty while it waits."""
+        return self._choices[0].generation.engine if self._choices else ""
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(prompt.ids) for prompt in self._job.prompts)
+
+    @property
+    def generated_tokens(self) -> int:
+        return sum(choice.tokens for choice in self._choices)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Of each prompt once: by its first choice, for the others find what that one computed."""
+        return sum(choice.cached_tokens for choice in self._choices[:: self._job.best_of])
+
+    def pieces(self) -> AsyncGenerator[Piece, None]:
+        """The pieces of all choices as they come. To be closed (`aclosing`) when it is left early."""
+        if len(self._choices) == 1:
+            return self._choices[0].pieces()
+        return merge(self._choices)
+
+
+async def merge(choices: Sequence[Choice]) -> AsyncGenerator[Piece, None]:
+    """Raises the first failure of any; the others are then left to `Choices.close`."""
+    queue: asyncio.Queue[Piece | InterlockError | None] = asyncio.Queue(maxsize=len(choices))
+
+    async def pump(choice: Choice) -> None:
+        try:
+            async with aclosing(choice.pieces()) as pieces:
+                async for piece in pieces:
+                    await queue.put(piece)
+            await queue.put(None)
+        except InterlockError as error:
+            await queue.put(error)
+
+    tasks = [asyncio.create_task(pump(choice)) for choice in choices]
+    try:
+        running = len(tasks)
+        while running:
+            got = await queue.get()
+            if isinstance(got, InterlockError):
+                raise got
+            if got is None:
+                running -= 1
+            else:
+                yield got
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
