@@ -6,7 +6,7 @@ import errno
 import os
 import socket
 
-BACKLOG = 2048
+from interlock.core.limits import HTTP_SEND_SECONDS_MAX
 
 
 def bind_port(host: str, port: int) -> socket.socket:
@@ -27,14 +27,20 @@ def bind_port(host: str, port: int) -> socket.socket:
     except OSError as error:
         sock.close()
         raise OSError(error.errno, _why(host, port, error)) from error
-    sock.setblocking(False)
-    return sock
+    return _prepared(sock)
 
 
 def adopt_port(fd: int) -> socket.socket:
     """A socket that was bound by our parent. Raises `OSError` when `fd` is no socket."""
     sock = socket.socket(fileno=fd)
     os.set_inheritable(fd, False)
+    return _prepared(sock)
+
+
+def _prepared(sock: socket.socket) -> socket.socket:
+    """Accepted connections inherit the time-out: one whose peer takes nothing is ended by the kernel. A server that closes
+    it in vain would keep it, and what it buffers, for as long as the peer likes."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(HTTP_SEND_SECONDS_MAX * 1000))
     sock.setblocking(False)
     return sock
 

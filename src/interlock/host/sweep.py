@@ -27,7 +27,8 @@ from interlock.host.processes import (
 from interlock.host.watch import ProcessWatch
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where the kernel shows it, not a place for files
-_MAPPED = re.compile(rb" /dev/shm/(\S+?)(?: \(deleted\))?$", re.MULTILINE)
+_MAPPED = re.compile(rb" /dev/shm/((?:psm_|sem\.mp-|torch_|vllm_)[^\s/]+)(?: \(deleted\))?$", re.MULTILINE)
+"""What Python, torch and vLLM make under names of their own; other names there may be anybody's."""
 
 
 class FileLock:

@@ -1,0 +1,226 @@
+"""The command line: what there is to say, checked before anything heavy is imported.
+
+Exit status: 0 done, 1 it failed, 2 it was asked wrongly, 130 interrupted. What failed is one sentence on standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from interlock import __version__
+from interlock.cli.errors import Failure, Usage
+
+SERVE_EXAMPLES = """\
+examples:
+  interlock serve                                    the demo model on two engines
+  interlock serve ~/models/Qwen3-0.6B --engines 4    a local checkpoint
+  interlock serve --engines 1 --tp 2 -- --max-num-seqs 64
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Wrong usage is one sentence and a pointer, not a page."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise Usage(f"{message}; see {self.prog} --help")
+
+
+def positive(text: str) -> int:
+    value = int(text) if text.isdecimal() else 0
+    if not 0 < value <= 1024:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 1024")
+    return value
+
+
+def port(text: str) -> int:
+    value = int(text) if text.isdecimal() else 0
+    if not 0 < value < 65536:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 1 to 65535")
+    return value
+
+
+def seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value <= 3600.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0, at most 3600")
+    return value
+
+
+def gibibytes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value <= 16384.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of GiB above 0")
+    return value
+
+
+def name(text: str) -> str:
+    if not 0 < len(text) <= 128 or not text.isprintable():
+        raise argparse.ArgumentTypeError("a name has 1 to 128 printable characters")
+    return text
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        prog="interlock", description="Runs a fleet of LLM engines as one service.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"interlock {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    _add_serve(commands)
+    _add_ctl(commands)
+    _add_others(commands)
+    return parser
+
+
+def _add_serve(commands: argparse._SubParsersAction[Parser]) -> None:
+    serve = commands.add_parser(
+        "serve",
+        help="start a fleet on this machine",
+        description="Starts engines, a shared KV cache and an OpenAI-compatible endpoint on this machine.",
+        usage="%(prog)s [MODEL] [options] [-- VLLM ARGS…]",
+        epilog=SERVE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    serve.add_argument(
+        "model", nargs="?", metavar="MODEL", help="local checkpoint directory; default: the demo model"
+    )
+    serve.add_argument("--engines", type=positive, default=2, metavar="N", help="engines (default 2)")
+    serve.add_argument(
+        "--tp", type=positive, default=1, metavar="N", help="tensor-parallel ranks of each engine (default 1)"
+    )
+    serve.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1); others need --api-key"
+    )
+    serve.add_argument(
+        "--port", type=port, default=8000, help="HTTP port (default 8000); also names the fleet"
+    )
+    serve.add_argument("--served-model-name", type=name, metavar="NAME", help="what clients call the model")
+    serve.add_argument(
+        "--store-gib",
+        type=gibibytes,
+        default=1.0,
+        metavar="X",
+        help="memory of the shared KV cache (default 1 GiB)",
+    )
+    serve.add_argument(
+        "--api-key", metavar="KEY", help="asked of every client; default: $INTERLOCK_API_KEY, else none"
+    )
+
+
+def _add_ctl(commands: argparse._SubParsersAction[Parser]) -> None:
+    ctl = commands.add_parser(
+        "ctl", help="status, pause, unpause, stop of a running fleet", allow_abbrev=False
+    )
+    verbs = ctl.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)
+    common = Parser(add_help=False)
+    common.add_argument("--port", type=port, default=8000, help="HTTP port of the fleet (default 8000)")
+    common.add_argument("--json", action="store_true", help="answer as one JSON object")
+    common.add_argument(
+        "--timeout", type=seconds, default=60.0, metavar="S", help="seconds to wait (default 60)"
+    )
+    verbs.add_parser("status", parents=[common], help="what the fleet is and shall be", allow_abbrev=False)
+    held = Parser(add_help=False)
+    held.add_argument("--owner", type=name, help="whose hold it is (default: your user name)")
+    pause = verbs.add_parser(
+        "pause", parents=[common, held], help="stop between two steps, and hold", allow_abbrev=False
+    )
+    pause.add_argument(
+        "--mode",
+        choices=["keep", "wait", "abort"],
+        default="keep",
+        help="running requests: frozen (keep, the default), first ended (wait), or aborted (abort)",
+    )
+    pause.add_argument(
+        "--allow-unknown", action="store_true", help="succeed also when a member cannot be seen"
+    )
+    unpause = verbs.add_parser(
+        "unpause", parents=[common, held], help="release your hold", allow_abbrev=False
+    )
+    unpause.add_argument(
+        "--break-hold-of", type=name, metavar="OWNER", help="release somebody else's instead"
+    )
+    verbs.add_parser(
+        "stop", parents=[common, held], help="end every engine, and the fleet", allow_abbrev=False
+    )
+
+
+def _add_others(commands: argparse._SubParsersAction[Parser]) -> None:
+    for command, words in OTHERS.items():
+        # Their own modules read their arguments: they know more than this one should import.
+        commands.add_parser(command, help=words, add_help=False)
+
+
+OTHERS = {
+    "demo": "show reuse, pause, and an engine's death on a running fleet, and check every token",
+    "explore": "walk every interleaving of a protocol",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _run(given)
+    except Usage as error:
+        print(f"interlock: {error}", file=sys.stderr)
+        return 2
+    except Failure as error:
+        print(f"interlock: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 1
+
+
+def _run(given: list[str]) -> int:
+    if given[:1] == ["_process"]:
+        from interlock.cli.processes import run_process
+
+        run_process(given[1:])
+    if given[:1] and given[0] in OTHERS:
+        return _run_other(given[0], given[1:])
+    own, engine_arguments = _split(given)
+    parsed = make_parser().parse_args(own)
+    if parsed.command == "serve":
+        from interlock.cli.serve import serve
+
+        return serve(parsed, engine_arguments)
+    if engine_arguments:
+        raise Usage("arguments after -- are for `interlock serve` only")
+    if parsed.command == "ctl":
+        if parsed.verb is None:
+            raise Usage("ctl needs one of: status, pause, unpause, stop")
+        from interlock.cli.ctl import ctl
+
+        return ctl(parsed)
+    raise Usage("say what to do: serve, ctl, demo or explore; see interlock --help")
+
+
+def _split(given: list[str]) -> tuple[list[str], list[str]]:
+    if "--" not in given:
+        return given, []
+    at = given.index("--")
+    return given[:at], given[at + 1 :]
+
+
+def _run_other(command: str, rest: list[str]) -> int:
+    """A command whose module brings its own arguments: `add_parser(commands)` and `run(arguments) -> status`."""
+    import importlib
+
+    try:
+        module = importlib.import_module(f"interlock.cli.{command}")
+    except ModuleNotFoundError as error:
+        if error.name == f"interlock.cli.{command}":
+            raise Failure(f"this build has no `{command}`") from error
+        raise
+    parser = Parser(prog="interlock", allow_abbrev=False)
+    module.add_parser(parser.add_subparsers(parser_class=Parser))
+    return int(module.run(parser.parse_args([command, *rest])))

@@ -1,0 +1,271 @@
+"""`interlock serve`: checks what was asked, then supervises. All checks come before the first process starts."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import ipaddress
+import os
+import secrets
+import signal
+import sys
+from pathlib import Path
+
+import msgspec
+
+from interlock import __version__
+from interlock.cli.errors import Failure, Usage
+from interlock.cli.processes import encode_config
+from interlock.core.limits import MEMBERS_MAX
+from interlock.fleet.coordinator import CoordinatorConfig
+from interlock.fleet.launchers.local import LocalLauncher, Part
+from interlock.fleet.launchers.rundir import RunDir, RunDirBusy
+from interlock.fleet.supervisor import FleetPlan, Supervisor
+from interlock.host.ports import bind_port
+from interlock.host.real import RealHost
+
+GIB = 1 << 30
+VERSION = "0"
+"""Of the weights that every engine loads at start."""
+
+
+class Asked(msgspec.Struct, frozen=True, kw_only=True):
+    """What was asked, checked."""
+
+    model: Path
+    architecture: str
+    served_name: str
+    engines: int
+    tensor_parallel: int
+    host: str
+    port: int
+    store_bytes: int
+    api_key: str | None
+    vllm_arguments: list[str]
+
+
+def serve(parsed: argparse.Namespace, vllm_arguments: list[str]) -> int:
+    """Returns the exit status. Raises `Usage` and `Failure`."""
+    say(f"interlock {__version__}")
+    asked = check(parsed, vllm_arguments)
+    return asyncio.run(_serve(asked))
+
+
+def say(line: str) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        print(line, flush=True)
+
+
+# --- checking ----------------------------------------------------------------------------------------------------
+
+
+def check(parsed: argparse.Namespace, vllm_arguments: list[str]) -> Asked:
+    """Everything that can be known before a process starts. Builds the demo model when no other is named."""
+    from interlock.engines.checkpoint import BadCheckpoint, check_tensor_parallel, read_checkpoint
+    from interlock.engines.vllm_args import RefusedArgument, check_vllm_args
+
+    api_key = parsed.api_key or os.environ.get("INTERLOCK_API_KEY") or None
+    if not _is_loopback(parsed.host) and api_key is None:
+        raise Usage(
+            f"--host {parsed.host} can be reached by others, so it needs --api-key KEY; "
+            "or listen on 127.0.0.1, which is the default"
+        )
+    if parsed.engines > MEMBERS_MAX:
+        raise Usage(f"--engines {parsed.engines} is more than the {MEMBERS_MAX} that a fleet can have")
+    try:
+        check_vllm_args(vllm_arguments)
+        if parsed.model is not None:
+            read_checkpoint(parsed.model)  # before the port: the likelier mistake
+        _check_port(parsed.host, parsed.port)
+        model = parsed.model if parsed.model is not None else str(_demo_model())
+        checkpoint = read_checkpoint(model)
+        check_tensor_parallel(checkpoint, parsed.tp)
+    except (BadCheckpoint, RefusedArgument) as error:
+        raise Usage(str(error)) from error
+    default_name = checkpoint.path.name if parsed.model is not None else "demo"
+    return Asked(
+        model=checkpoint.path,
+        architecture=checkpoint.architecture,
+        served_name=parsed.served_model_name or default_name,
+        engines=parsed.engines,
+        tensor_parallel=parsed.tp,
+        host=parsed.host,
+        port=parsed.port,
+        store_bytes=int(parsed.store_gib * GIB),
+        api_key=api_key,
+        vllm_arguments=vllm_arguments,
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _check_port(host: str, port: int) -> None:
+    try:
+        bind_port(host, port).close()
+    except OSError as error:
+        raise Failure(error.strerror or str(error)) from error
+
+
+def _demo_model() -> Path:
+    from interlock.engines.demo_model import build_demo_model, demo_model_path
+
+    if not demo_model_path().is_dir():
+        say("  building the demo model (once, some seconds)")
+    try:
+        return build_demo_model()
+    except OSError as error:
+        raise Failure(
+            f"the demo model cannot be built in {demo_model_path().parent}: {error.strerror}; "
+            "set XDG_CACHE_HOME to a folder that can be written, or name a MODEL"
+        ) from error
+
+
+# --- serving -----------------------------------------------------------------------------------------------------
+
+
+async def _serve(asked: Asked) -> int:
+    host = RealHost()
+    mark = secrets.token_hex(16)
+    try:
+        run_dir = await RunDir.claim(host, asked.port, mark)
+    except (RunDirBusy, OSError) as error:
+        raise Failure(str(error)) from error
+    try:
+        plan = make_plan(asked, run_dir.path, _model_identity(host, asked.model))
+        engines = f"{asked.engines} engine{'s' if asked.engines > 1 else ''}"
+        ranks = f" of {asked.tensor_parallel} ranks" if asked.tensor_parallel > 1 else ""
+        say(
+            f"  {engines}{ranks}, {asked.architecture} from {asked.model}, "
+            f"{asked.store_bytes / GIB:.2f} GiB of shared KV cache; logs in {run_dir.path}"
+        )
+        launcher = LocalLauncher(host, run_dir.path, mark)
+        supervisor = Supervisor(host, launcher, plan, say)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            status = 0 if number is not signal.SIGHUP else 128 + number
+            loop.add_signal_handler(number, supervisor.leave, f"got {number.name}: leaving", status)
+        try:
+            status = await supervisor.run()
+            if status == 0:
+                return 0
+            print("interlock: the fleet has ended, the lines above say why", file=sys.stderr)
+            return status
+        finally:
+            launcher.close()
+    finally:
+        run_dir.remove()
+
+
+def _model_identity(host: RealHost, model: Path) -> str:
+    """By content, remembered by (path, size, time): equal names mean equal tokens and a common KV cache."""
+    from interlock.connectors.models import UnknownModelError, model_identity
+    from interlock.engines.demo_model import cache_folder
+
+    cache = cache_folder()
+    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        return model_identity(str(model), None, files=host.files, cache=cache / "digests.json")
+    except UnknownModelError as error:
+        raise Failure(str(error)) from error
+
+
+def threads_per_rank(asked: Asked) -> int:
+    """One core is left to coordinator, store, fronts and runners. OpenMP threads that have to wait for a core spin, and
+    a rank with one thread too many is ten times slower than one with one too few (measured)."""
+    cores = len(os.sched_getaffinity(0))
+    return max(1, (cores - 1) // (asked.engines * asked.tensor_parallel))
+
+
+def make_plan(asked: Asked, run: Path, model_id: str) -> FleetPlan:
+    coordinator = f"unix:{run / 'coordinator.sock'}"
+    store = f"unix:{run / 'store.sock'}"
+    states = run / "state"
+    states.mkdir(mode=0o700)
+    token = run / "admin-token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(16))
+    return FleetPlan(
+        coordinator=_coordinator_part(asked, coordinator, states),
+        store=_store_part(asked, store, states),
+        engines=[_engine_part(asked, i, run, coordinator, store, model_id) for i in range(asked.engines)],
+        front=_front_part(asked, coordinator, states, token),
+        coordinator_address=coordinator,
+        store_address=store,
+        http_host=asked.host,
+        http_port=asked.port,
+        states=states,
+    )
+
+
+def _coordinator_part(asked: Asked, address: str, states: Path) -> Part:
+    config = CoordinatorConfig(
+        address=address,
+        state_dir=states / "coordinator",
+        version=VERSION,
+        expected=[f"engine-{i}" for i in range(asked.engines)],
+    )
+    return Part(name="coordinator", kind="coordinator", config=encode_config(config))
+
+
+def _store_part(asked: Asked, address: str, states: Path) -> Part:
+    from interlock.store.main import StoreConfig
+
+    config = StoreConfig(address=address, state_dir=states / "store", slab_bytes=asked.store_bytes)
+    return Part(name="store", kind="store", config=encode_config(config))
+
+
+def _front_part(asked: Asked, coordinator: str, states: Path, token: Path) -> Part:
+    from interlock.web.main import FrontConfig
+
+    config = FrontConfig(
+        coordinator_address=coordinator,
+        model_dir=asked.model,
+        served_model_name=asked.served_name,
+        state_dir=states / "front",
+        host=asked.host,
+        port=asked.port,
+        api_key=asked.api_key,
+        admin_token_file=token,
+    )
+    return Part(name="front", kind="front", config=encode_config(config))
+
+
+def _engine_part(asked: Asked, index: int, run: Path, coordinator: str, store: str, model_id: str) -> Part:
+    from interlock.engines.main import EngineProcessConfig
+    from interlock.engines.runner import RunnerConfig
+    from interlock.engines.vllm_setup import VllmConfig
+
+    name = f"engine-{index}"
+    state = run / "state" / name
+    config = EngineProcessConfig(
+        runner=RunnerConfig(
+            name=name,
+            address=f"unix:{run / f'{name}.sock'}",
+            coordinator=coordinator,
+            state_dir=state,
+            version=VERSION,
+        ),
+        vllm=VllmConfig(
+            model=str(asked.model),
+            model_id=model_id,
+            name=name,
+            store=store,
+            state_dir=str(run / "state" / f"{name}-kv"),
+            scratch_dir=str(run / f"{name}.vllm"),
+            tensor_parallel=asked.tensor_parallel,
+            threads=threads_per_rank(asked),
+            arguments=asked.vllm_arguments,
+            log=str(run / f"{name}.log"),
+        ),
+        failure=run / f"{name}.failure",
+        shared_memory=run / f"{name}.shm",
+    )
+    return Part(name=name, kind="engine", config=encode_config(config))

@@ -1,0 +1,218 @@
+"""The main job with real engines: one endpoint, two vLLM engines, one shared KV cache, deaths and pauses.
+
+One start-up serves the whole file; the tests run in order, the last ones end the fleet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from interlock.cli import demo
+from interlock.cli.equality import Completion, compare
+from interlock.engines.demo_model import build_demo_model
+from interlock.host.real import RealHost
+from interlock.host.sockets import free_port
+from interlock.text.model import TextModel
+
+pytestmark = [pytest.mark.fleet, pytest.mark.timeout(600), pytest.mark.asyncio(loop_scope="module")]
+
+
+@pytest.fixture(scope="module")
+def host() -> RealHost:
+    return RealHost()
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    return demo.documents(TextModel.load(build_demo_model()).encode)
+
+
+@pytest.fixture(scope="module")
+def run_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.fixture(scope="module")
+async def reference(host: RealHost, prompts: list[list[int]]) -> list[Completion]:
+    return await demo.plain_run(host, build_demo_model(), prompts)
+
+
+@pytest.fixture(scope="module")
+async def fleet(host: RealHost, run_home: Path, reference: list[Completion]) -> AsyncIterator[demo.Fleet]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", str(run_home))
+        async with demo.running_fleet(host, str(build_demo_model()), free_port(), print) as running:
+            yield running
+
+
+async def wait_until(host: RealHost, condition: Callable[[], object], seconds: float) -> None:
+    """Polls something outside our processes, with a deadline; raises `TimeoutError`."""
+    async with asyncio.timeout(seconds):
+        while True:
+            result = condition()
+            if asyncio.iscoroutine(result):
+                result = await result
+            if result:
+                return
+            await host.clock.sleep_s(0.1)
+
+
+async def two_running(fleet: demo.Fleet) -> bool:
+    return [member["state"] for member in (await fleet.status())["members"]].count("RUNNING") == 2
+
+
+async def test_the_official_client_gets_completions_and_chats_streamed_and_whole(fleet: demo.Fleet) -> None:
+    models = await fleet.client.models.list()
+    assert [model.id for model in models.data] == ["demo"]
+    whole = await fleet.client.completions.create(
+        model="demo", prompt="def main():", max_tokens=8, temperature=0
+    )
+    streamed = await fleet.client.completions.create(
+        model="demo", prompt="def main():", max_tokens=8, temperature=0, stream=True
+    )
+    assert (
+        "".join([chunk.choices[0].text async for chunk in streamed if chunk.choices])
+        == whole.choices[0].text
+        != ""
+    )
+    messages = [{"role": "user", "content": "What is a generator?"}]
+    chat = await fleet.client.chat.completions.create(
+        model="demo", messages=messages, max_tokens=8, temperature=0
+    )  # type: ignore[arg-type]
+    chunks = await fleet.client.chat.completions.create(
+        model="demo", messages=messages, max_tokens=8, temperature=0, stream=True  # type: ignore[arg-type]
+    )  # fmt: skip
+    text = "".join([chunk.choices[0].delta.content or "" async for chunk in chunks if chunk.choices])
+    assert text == chat.choices[0].message.content != ""
+
+
+async def test_a_prefix_computed_by_one_engine_is_reused_by_the_other(
+    fleet: demo.Fleet, prompts: list[list[int]], reference: list[Completion]
+) -> None:
+    first, second = sorted(await fleet.engines())
+    for index, prompt in enumerate(prompts):
+        cold = await fleet.answer(prompt, 24, first)
+        other = await fleet.answer(prompt, 24, second)
+        assert (cold.engine, other.engine) == (first, second)
+        assert cold.cached_tokens < 64, "the documents have next to nothing in common"
+        assert other.cached_tokens >= len(prompt) - 64, "the second engine never saw this prompt"
+        assert compare("cold", reference[index], cold.completion).equal
+        assert compare("other engine", reference[index], other.completion).equal
+
+
+async def test_the_comparison_can_fail(prompts: list[list[int]], reference: list[Completion]) -> None:
+    assert not compare("another document", reference[0], reference[1]).equal
+
+
+async def test_a_stream_stands_still_while_the_fleet_is_paused_and_goes_on_unchanged(
+    fleet: demo.Fleet, host: RealHost, prompts: list[list[int]], reference: list[Completion]
+) -> None:
+    ids: list[int] = []
+    logprobs: list[float] = []
+    seen = asyncio.Event()
+
+    async def read() -> None:
+        async for new, new_logprobs, _, _ in fleet.stream(prompts[2], demo.STREAM_TOKENS):
+            ids.extend(new)
+            logprobs.extend(new_logprobs)
+            if len(ids) >= 10:
+                seen.set()
+
+    reading = asyncio.ensure_future(read())
+    async with asyncio.timeout(60):
+        await seen.wait()
+    await fleet.ctl("pause", "--mode", "keep", "--owner", "test")
+    status = await fleet.status()
+    assert status["target"] == "PAUSED"
+    assert all(member["standing"] for member in status["members"])
+    await host.clock.sleep_s(0.5)  # what was already on its way arrives
+    frozen = len(ids)
+    await host.clock.sleep_s(1.0)
+    assert len(ids) == frozen < demo.STREAM_TOKENS
+    await fleet.ctl("unpause", "--owner", "test")
+    async with asyncio.timeout(120):
+        await reading
+    assert compare("paused", reference[2], Completion(tokens=ids, logprobs=logprobs)).equal
+    assert len(ids) == demo.STREAM_TOKENS
+
+
+async def test_an_illegal_command_is_refused_with_what_to_do_instead(fleet: demo.Fleet) -> None:
+    with pytest.raises(RuntimeError, match="RUNNING"):
+        await fleet.ctl("unpause", "--owner", "test")
+
+
+async def test_streams_go_on_when_the_store_is_killed_and_reuse_heals(
+    descendants: Callable[[int], list[int]],
+    fleet: demo.Fleet,
+    host: RealHost,
+    prompts: list[list[int]],
+    reference: list[Completion],
+) -> None:
+    store = next(
+        pid
+        for pid in descendants(fleet.child.pid)
+        if b"store" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    )
+    os.kill(store, signal.SIGKILL)
+    answer = await fleet.answer(prompts[3], 24)
+    assert compare("store killed", reference[3], answer.completion).equal
+    first, second = sorted(await fleet.engines())
+    salt = 7
+
+    async def reused() -> bool:
+        nonlocal salt
+        salt += 1
+        prompt = [salt, *prompts[3]]
+        await fleet.answer(prompt, 1, first)
+        return (await fleet.answer(prompt, 1, second)).cached_tokens > demo.DOCUMENT_TOKENS // 2
+
+    await wait_until(host, reused, 60.0)
+
+
+async def test_a_request_goes_on_elsewhere_when_its_engine_is_killed_and_no_process_of_it_stays(
+    descendants: Callable[[int], list[int]],
+    fleet: demo.Fleet,
+    host: RealHost,
+    prompts: list[list[int]],
+    reference: list[Completion],
+) -> None:
+    killed: list[str] = []
+    tree: list[int] = []
+
+    async def kill(engine: str) -> None:
+        runner = (await fleet.engines())[engine]
+        tree.extend([runner, *descendants(runner)])
+        os.kill(runner, signal.SIGKILL)  # only the runner: its core and workers must not outlive it by 5 s
+        killed.append(engine)
+        await wait_until(host, lambda: not any(Path(f"/proc/{pid}").exists() for pid in tree), 5.0)
+
+    before = {member["name"]: member["incarnation"] for member in (await fleet.status())["members"]}
+    completion, _ = await demo.show_disturbed(fleet, prompts[1], kill, print)
+    assert killed
+    assert len(tree) >= 2, "the runner had a core below it"
+    assert len(completion.tokens) == demo.STREAM_TOKENS
+    assert compare("killed", reference[1], completion).equal
+    await wait_until(host, lambda: two_running(fleet), 240.0)
+    after = {member["name"]: member["incarnation"] for member in (await fleet.status())["members"]}
+    assert after[killed[0]] > before[killed[0]]
+    again = await fleet.answer(prompts[1], 24, killed[0])
+    assert again.cached_tokens > demo.DOCUMENT_TOKENS // 2, (
+        "the new life of the engine finds what its predecessor saved"
+    )
+    assert compare("restarted", reference[1], again.completion).equal
+
+
+async def test_nothing_outlives_a_killed_supervisor(
+    descendants: Callable[[int], list[int]], fleet: demo.Fleet, host: RealHost, run_home: Path
+) -> None:
+    tree = descendants(fleet.child.pid)
+    assert len(tree) >= 7, "coordinator, store, front, two runners, two cores"
+    os.kill(fleet.child.pid, signal.SIGKILL)
+    await wait_until(host, lambda: not any(Path(f"/proc/{pid}").exists() for pid in tree), 15.0)
+    assert [path for path in run_home.rglob("*") if not path.is_dir()] == []
