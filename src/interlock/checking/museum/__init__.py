@@ -1,0 +1,1 @@
+"""Public races rebuilt with their historical rule, one file each; imported by nothing but the gallery (DESIGN §9)."""

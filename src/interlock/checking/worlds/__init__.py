@@ -1,0 +1,1 @@
+"""A module per protocol: `worlds(budget)` lists what is explored of it. Drop a file here and `interlock explore` has it."""
