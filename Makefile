@@ -1,7 +1,7 @@
 # Every target sets up what it needs by itself (tools/setup, once); nothing has to be installed by hand.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help bin serve demo test unit vllm check format long clean
+.PHONY: help bin serve demo test unit check format long mutants clean
 
 BIN = $(shell tools/setup)
 ARGS ?=
@@ -34,6 +34,12 @@ check:
 
 format:
 	@bin="$$(tools/setup)" && "$$bin/ruff" format . && "$$bin/ruff" check --fix .
+
+long: # what takes too long for CI; results with revision and date belong into docs/verification.md
+	@bin="$$(tools/setup)" && "$$bin/interlock" explore --budget full && "$$bin/interlock" explore --museum
+
+mutants: # does anybody notice when a condition in core/ is changed?
+	@tools/mutants $(ARGS)
 
 clean:
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

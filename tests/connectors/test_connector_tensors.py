@@ -88,6 +88,16 @@ def test_what_any_number_of_ranks_saved_any_number_loads_bit_for_bit(saving: int
         assert all(not layer[block].any() for layer in layers for block in untouched)
 
 
+def test_a_mover_writes_into_the_slab_it_is_given_also_after_another_one() -> None:
+    full, old, new = global_kv(), slab(), slab()
+    one = mover(rank_layers(full, 0, 1), 0, 1)
+    for memory in (old, new, old):
+        memory.view[:] = bytes(len(memory.view))
+        one.save(memory, KEYS, SLOTS, FROM)
+        assert any(memory.block(SLOTS[0]))
+    assert bytes(old.view) == bytes(new.view)
+
+
 def test_layers_that_lie_apart_make_the_same_bytes_and_sums() -> None:
     full, one, other = global_kv(), slab(), slab()
     assert save(one, full, 2) == save(other, full, 2, apart=True)

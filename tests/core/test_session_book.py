@@ -65,10 +65,12 @@ def test_the_exit_of_its_writer_lets_others_write_the_key_to_another_slot_while_
         book.add(session(2, keys=(1,), slots=(7,)))
     book.add(session(2, keys=(1,), slots=(8,), given="q"))
     assert book.quarantined_slots() == 1
+    book.add(session(3, keys=(2, 3), slots=(1, 2), given="q"))
+    assert book.quarantined_slots() == 1
     assert book.quarantine_holders() == {"p": 1}
-    assert book.held_slots == {7, 8}
+    assert book.held_slots == {1, 2, 7, 8}
     assert book.process_gone("p") == (FreeSlot(7),)
-    assert book.held_slots == {8}
+    assert book.held_slots == {1, 2, 8}
     book.check_integrity()
 
 

@@ -41,7 +41,7 @@ async def engine(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Vllm
     engine = VllmEngine(RealHost(), config)
     capabilities = await engine.start()
     assert capabilities.max_model_tokens == 2048
-    memory = shared_memory_of(descendants(os.getpid()))
+    memory = shared_memory_of(os.getpid())
     try:
         yield engine
     finally:

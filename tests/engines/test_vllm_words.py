@@ -55,3 +55,19 @@ def test_a_cause_that_says_enough_is_taken_as_it_is() -> None:
 
 def test_an_error_without_words_is_named() -> None:
     assert "KeyError" in explain_failure(KeyError(), "")
+
+
+def test_pydantics_frame_is_taken_off_the_sentence_in_it() -> None:
+    class ValidationError(ValueError):
+        pass
+
+    framed = ValidationError(
+        "1 validation error for ModelConfig\n  Value error, The length 100000 is too great. "
+        "[type=value_error, input_value=ArgsKwargs((), {'model': ...}), input_type=ArgsKwargs]\n    For further information"
+    )
+    assert explain_failure(framed, "") == "vLLM says: The length 100000 is too great."
+
+
+def test_a_process_that_the_system_killed_is_said_to_lack_memory() -> None:
+    killed = RuntimeError("Engine core initialization failed. Failed core proc(s): {'EngineCore_DP0': -9}")
+    assert "want of memory" in explain_failure(killed, "")

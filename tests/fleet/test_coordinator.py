@@ -191,6 +191,23 @@ async def test_a_member_that_is_gone_does_not_hold_up_a_pause(fleet: Fleet) -> N
     assert outcomes(await pausing) == {"a": "gone", "b": "standing"}
 
 
+async def test_who_is_silent_is_suspected_and_its_requests_go_on_elsewhere(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("interlock.fleet.members.SILENCE_SECONDS_MAX", 1.0)
+    a, b = await start(fleet, "a", "b")
+    stream = fleet.ask(PROMPT, 5, engine="a")
+    await a.until(lambda: a.streams)
+    await a.step(2)
+    head = await read_some(stream, 2)
+    for task in a._tasks:  # it reports no more, though its fronts still reach it
+        task.cancel()
+    await b.until(lambda: b.streams)
+    await b.step(3)
+    assert head + (await read(stream))[0] == continuation_of(PROMPT, 5)
+    assert fleet.member("a").state == "SUSPECT"
+
+
 async def test_the_exit_of_one_process_is_not_the_end_of_a_tree(fleet: Fleet) -> None:
     """Where a launcher answers for the tree, the runner's exit is suspicion, and MemberGone the proof."""
     await fleet.start_coordinator(exit_is_proof=False)
@@ -212,9 +229,16 @@ async def test_the_exit_of_one_process_is_not_the_end_of_a_tree(fleet: Fleet) ->
 
 async def test_a_life_that_is_lost_stays_lost_when_it_speaks_again(fleet: Fleet) -> None:
     """hazards F5: a frozen engine that was declared gone thaws."""
-    a, _ = await start(fleet, "a", "b")
+    a, b = await start(fleet, "a", "b")
+    stream = fleet.ask(PROMPT, 5, engine="a")
+    await a.until(lambda: a.streams)
+    await a.step(2)
+    head = await read_some(stream, 2)
     await fleet.client.member_gone("a", a.me.incarnation)
     await fleet.until(lambda: fleet.member("a").state == "LOST")
+    await b.until(lambda: b.streams)
+    await b.step(3)
+    assert head + (await read(stream))[0] == continuation_of(PROMPT, 5)
     before = a.reports
     await a.until(lambda: a.reports > before + 1)
     assert fleet.member("a").state == "LOST"
@@ -290,7 +314,10 @@ async def test_while_recovering_commands_wait_and_fronts_keep_what_they_know(fle
     (a,) = await start(fleet, "a")
     known = fleet.dispatcher.membership
     await fleet.stop_coordinator(lose_state=True)
-    coordinator = await fleet.start_coordinator(expected=["a", "never"], recovering_s=1.0)
+    await fleet.until(lambda: not fleet.dispatcher.coordinator_connected)
+    coordinator = await fleet.start_coordinator(expected=["a", "never"], recovering_s=3.0)
+    await fleet.until(lambda: fleet.dispatcher.coordinator_connected and coordinator._watchers)
+    await asyncio.sleep(0.1)  # for a word that must not come
     assert coordinator.fleet.phase == "RECOVERING"
     with pytest.raises(ChannelFault, match="lost its state"):
         await fleet.client.status()
@@ -353,6 +380,17 @@ async def test_a_command_outlives_its_coordinator(fleet: Fleet) -> None:
     a.hold_steps.set()
     assert (await asked).ok
     assert a.member.state == "PAUSED"
+
+
+async def test_the_outcome_of_a_finished_command_can_be_asked_of_the_next_coordinator(fleet: Fleet) -> None:
+    await start(fleet, "a")
+    await fleet.client.pause(owner="t")
+    order = fleet.client.order("UNPAUSE", "t", 20.0)
+    first = await fleet.client.run(order)
+    await fleet.stop_coordinator()
+    await fleet.start_coordinator()
+    again = await fleet.client.run(order)  # judged anew it would be refused: nothing is paused
+    assert (again.ok, again.epoch, again.message) == (True, first.epoch, first.message)
 
 
 async def test_a_stop_from_running_goes_on_when_its_client_dies_between_the_halves(fleet: Fleet) -> None:

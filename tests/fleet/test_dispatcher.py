@@ -162,6 +162,20 @@ async def test_what_cannot_be_carried_on_ends_by_name_and_is_not_invented(fleet:
     assert head == continuation_of(PROMPT, len(head))
 
 
+async def test_without_a_coordinator_the_front_sees_the_exit_of_an_engine_by_itself(fleet: Fleet) -> None:
+    """Suspicion would not do: what cannot be carried on waits for a proof."""
+    await fleet.start_coordinator()
+    child = await fleet.engine_process("a", 0.002)
+    await fleet.start_dispatcher()
+    await fleet.ready("a")
+    stream = fleet.ask(PROMPT, 4000, temperature=1.0, seed=3)
+    await read_some(stream, 2)
+    await fleet.stop_coordinator()
+    assert await child.end_tree(5.0)
+    with pytest.raises(RequestFailed, match="seed"):
+        await read(stream)
+
+
 async def test_a_client_that_leaves_aborts_its_request_on_the_engine(fleet: Fleet) -> None:
     """megatron.md §4.3 hole 1: a client's death with work in flight harms nobody else."""
     (engine,) = await start(fleet, "a")

@@ -121,8 +121,7 @@ def test_broken_bytes_behind_a_character_do_not_repeat_it(byte_fallback: TextMod
     text = run(
         byte_fallback, [[i] for i in [*ids, ids[-3], *byte_fallback.encode("hello", add_special=False)]]
     )[0]
-    assert text.count("語") == 1
-    assert text.replace("�", "").endswith("hello")
+    assert text == "語� hello", "only the broken byte is shown as broken"
 
 
 def test_special_tokens_are_no_text_unless_asked_for(byte_level: TextModel) -> None:

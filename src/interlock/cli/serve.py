@@ -26,6 +26,8 @@ from interlock.host.ports import bind_port
 from interlock.host.real import RealHost
 
 GIB = 1 << 30
+RUN_DIR_BYTES_MAX = 107 - len("/v1023/") - 36
+"""vLLM names its sockets by 36 characters in a folder of ours; the kernel takes 107 bytes."""
 VERSION = "0"
 """Of the weights that every engine loads at start."""
 
@@ -139,6 +141,7 @@ async def _serve(asked: Asked) -> int:
     except (RunDirBusy, OSError) as error:
         raise Failure(str(error)) from error
     try:
+        _check_length(run_dir.path)
         plan = make_plan(asked, run_dir.path, _model_identity(host, asked.model))
         engines = f"{asked.engines} engine{'s' if asked.engines > 1 else ''}"
         ranks = f" of {asked.tensor_parallel} ranks" if asked.tensor_parallel > 1 else ""
@@ -162,6 +165,14 @@ async def _serve(asked: Asked) -> int:
             launcher.close()
     finally:
         run_dir.remove()
+
+
+def _check_length(run: Path) -> None:
+    if len(os.fsencode(run)) > RUN_DIR_BYTES_MAX:
+        raise Failure(
+            f"the run directory {run} has too long a path for sockets; set XDG_RUNTIME_DIR to a folder with a path of "
+            f"at most {RUN_DIR_BYTES_MAX - 20} bytes"
+        )
 
 
 def _model_identity(host: RealHost, model: Path) -> str:
@@ -201,8 +212,18 @@ def make_plan(asked: Asked, run: Path, model_id: str) -> FleetPlan:
         store_address=store,
         http_host=asked.host,
         http_port=asked.port,
+        example=_example(asked),
         states=states,
     )
+
+
+def _example(asked: Asked) -> str:
+    key = ' -H "Authorization: Bearer $INTERLOCK_API_KEY"' if asked.api_key else ""
+    question = msgspec.json.encode(
+        {"model": asked.served_name, "prompt": "def main():", "max_tokens": 32}
+    ).decode()
+    braces = question.replace("{", "{{").replace("}", "}}").replace("'", "'\\''")
+    return f"  try: curl {{url}}/v1/completions -H 'Content-Type: application/json'{key} -d '{braces}'"
 
 
 def _coordinator_part(asked: Asked, address: str, states: Path) -> Part:
@@ -259,7 +280,7 @@ def _engine_part(asked: Asked, index: int, run: Path, coordinator: str, store: s
             name=name,
             store=store,
             state_dir=str(run / "state" / f"{name}-kv"),
-            scratch_dir=str(run / f"{name}.vllm"),
+            scratch_dir=str(run / f"v{index}"),  # vLLM's socket paths have 107 bytes at most
             tensor_parallel=asked.tensor_parallel,
             threads=threads_per_rank(asked),
             arguments=asked.vllm_arguments,

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import msgspec
 
-from interlock.core.errors import ProtocolError
+from interlock.core.errors import LocalProtocolError, ProtocolError
 from interlock.core.fleet_state import (
     Accept,
     Commanded,
@@ -98,6 +98,8 @@ def transition(fleet: FleetState, event: FleetEvent) -> FleetOutcome:
             return _settled(fleet, epoch, ok)
         case Tick(now_s):
             return _tick(fleet, now_s)
+        case _:
+            raise LocalProtocolError(f"{event!r} is no event of a fleet at {fleet.epoch}")
 
 
 def _accepted(fleet: FleetState, command: Command) -> FleetOutcome:

@@ -66,6 +66,7 @@ class Endpoint(msgspec.Struct, frozen=True):
     """The peer's endpoint that this one is paired with."""
     their_offers: tuple[Offer, ...] = ()
     ready: tuple[Lane, ...] = ()
+    """Of the chooser: the lanes that completed a hello."""
     failed: tuple[Lane, ...] = ()
     chosen: tuple[Lane, ...] = ()
     """The list. Made once a pairing, by the larger name; never changed."""

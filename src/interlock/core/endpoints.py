@@ -189,9 +189,9 @@ def _obey(endpoint: Endpoint, event: Ready | Heartbeat) -> Outcome:
 
 
 def _lane_ready(endpoint: Endpoint, event: LaneReady) -> Outcome:
-    """Of a pairing that is over, or after the list was made, it is of no use; the driver destroys what was not listed."""
+    """For the chooser, until it made its list; the driver destroys what was not listed, and what is of a pairing that is over."""
     is_current = event.mine == endpoint.stamp and event.theirs == endpoint.theirs
-    if not is_current or endpoint.chosen or event.lane in endpoint.ready:
+    if not endpoint.is_chooser or not is_current or endpoint.chosen or event.lane in endpoint.ready:
         return endpoint, _NOTHING
     if event.lane not in endpoint.candidates:
         _refuse(endpoint, event, f": {_words((event.lane,))} is not among what these two can have")
@@ -205,6 +205,8 @@ def _lane_failed(endpoint: Endpoint, event: LaneFailed) -> Outcome:
         return endpoint, _NOTHING
     if event.lane in endpoint.chosen:
         return _retire(endpoint, f"{_words((event.lane,))} broke: {event.reason}")
+    if endpoint.chosen and endpoint.is_chooser:
+        return endpoint, _NOTHING
     if event.lane not in endpoint.candidates:
         _refuse(endpoint, event, f": {_words((event.lane,))} is not among what these two can have")
     failed = tuple(sorted((*endpoint.failed, event.lane)))
@@ -214,7 +216,7 @@ def _lane_failed(endpoint: Endpoint, event: LaneFailed) -> Outcome:
 
 def _choose_if_settled(endpoint: Endpoint) -> Outcome:
     is_settled = len(endpoint.ready) + len(endpoint.failed) == len(endpoint.candidates)
-    if not endpoint.is_chooser or endpoint.chosen or not is_settled:
+    if not endpoint.is_chooser or not is_settled:
         return endpoint, _NOTHING
     return _choose(endpoint) if endpoint.ready else _retire(endpoint, "no lane could be opened")
 
@@ -246,9 +248,6 @@ def _retire(endpoint: Endpoint, reason: str, is_wanted: bool | None = None) -> O
     effects: Effects = (Retired(endpoint.stamp, endpoint.theirs, reason),)
     if endpoint.is_wanted and not wanted:
         effects += (OpenFailed(reason),)
-    if endpoint.theirs is not None:  # So that the peer need not wait for its lease.
-        left = Reject(retired.name, retired.stamp, endpoint.theirs, endpoint.stamp, endpoint.known)
-        effects += (Send(left),)
     return retired, effects
 
 

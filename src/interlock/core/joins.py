@@ -31,6 +31,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import StrEnum
 from functools import lru_cache
+from itertools import chain
 from typing import Any, NoReturn
 
 import msgspec
@@ -389,9 +390,9 @@ def _complete(join: Join, opened: Open) -> tuple[Join, tuple[Effect, ...]]:
         in_order = sorted(
             telling, key=lambda r: (opened.shards[r.rank].layer_start, opened.shards[r.rank].head_start)
         )
+        rows = zip(*(report.checksums for report in in_order), strict=True)
         checksums = tuple(
-            tuple(sum_ for report in in_order for sum_ in report.checksums[block]) if good[block] else ()
-            for block in range(opened.blocks)
+            tuple(chain.from_iterable(row)) if well else () for well, row in zip(good, rows, strict=True)
         )
     finished = Join(join.name, Phase.COMPLETED, opened, join.reports)
     return finished, (Completed(join.name, good, checksums),)

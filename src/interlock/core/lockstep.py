@@ -125,6 +125,8 @@ def transition_rank(rank: RankState, event: RankEvent) -> RankOutcome:
                     step=step,
                 )
             return _run(msgspec.structs.replace(rank, reached=step, inside=False))
+        case _:
+            raise LocalProtocolError(f"{event!r} is no event of rank {rank.rank}")
 
 
 def _granted(rank: RankState, grant: Grant) -> RankOutcome:

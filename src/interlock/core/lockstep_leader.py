@@ -174,8 +174,8 @@ def transition(group: GroupState, event: GroupEvent) -> GroupOutcome:
             return msgspec.structs.replace(group, pausing=False), ()
         case RankLost(rank):
             return _end(group, f"rank {rank} is lost")
-        case Tick(now_s):
-            return _tick(group, now_s)
+        case _:
+            return _tick(group, event.now_s)
 
 
 def _report(group: GroupState, report: RankReport) -> GroupOutcome:

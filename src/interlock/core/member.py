@@ -121,6 +121,8 @@ def transition(member: MemberState, event: MemberEvent) -> MemberOutcome:
             return _finish(member, version) if _current(member, attempt) else (member, ())
         case StepFailed(attempt, why, unchanged):
             return _fail(member, why, unchanged) if _current(member, attempt) else (member, ())
+        case _:
+            raise LocalProtocolError(f"{event!r} is no event of a member that is {member.state}")
 
 
 def _current(member: MemberState, attempt: int) -> bool:
@@ -183,7 +185,8 @@ def _walk(member: MemberState) -> MemberOutcome:
 
 def _begin(member: MemberState, step: Step) -> MemberOutcome:
     target = member.heard
-    mode = pause_mode(target) if target else Mode.KEEP
+    assert target is not None, "every step but the start is begun towards a target"
+    mode = pause_mode(target)
     begun = msgspec.structs.replace(
         member,
         state=BEGUN[step],
@@ -191,7 +194,7 @@ def _begin(member: MemberState, step: Step) -> MemberOutcome:
         mode=mode if step is P.PAUSE else member.mode,
         origin=member.origin if member.state is S.PAUSING else member.state,
     )
-    return begun, (Report(), Begin(step, begun.attempt, mode, target.version if target else ""))
+    return begun, (Report(), Begin(step, begun.attempt, mode, target.version))
 
 
 class Admission(StrEnum):

@@ -18,6 +18,7 @@ from enum import StrEnum
 
 import msgspec
 
+from interlock.core.errors import LocalProtocolError
 from interlock.core.identity import Epoch
 from interlock.core.targets import State
 
@@ -129,6 +130,8 @@ def transition(record: MemberRecord, event: RosterEvent) -> RosterOutcome:
             if incarnation not in (0, record.incarnation) or record.sight is Sight.LOST:
                 return record, ()
             return msgspec.structs.replace(record, sight=Sight.LOST), (Changed(),)
+        case _:
+            raise LocalProtocolError(f"{event!r} is no event of the record of {record.name}")
 
 
 def _report(record: MemberRecord, report: Reported) -> RosterOutcome:

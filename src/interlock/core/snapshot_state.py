@@ -61,6 +61,8 @@ class Folder(msgspec.Struct, frozen=True, array_like=True):
     """It stands, or stood, in live/<root>."""
     items: int = 0
     bytes: int = 0
+    is_open: bool = True
+    """Its descriptor, which is closed when nobody works through it any more."""
     trashed: bool = False
     reaped: bool = False
 

@@ -168,15 +168,16 @@ def _uncharge(scope: Scope, item: Item) -> Outcome:
 
 
 def _let_go(scope: Scope, directory: Directory) -> Outcome:
-    """Somebody stopped using this directory, or it was removed: close its descriptor, give its room back, when it is time."""
+    """Something about this directory ended: close its descriptor, give its room back, when it is time."""
     if scope.is_used(directory):
         return scope, _NOTHING
     folder = scope.folder_of(directory)
+    effects: Effects = (CloseDirectory(directory),) if folder.is_open else _NOTHING
     if not folder.reaped:
-        return scope, (CloseDirectory(directory),)
+        return scope.with_folder(_replace(folder, is_open=False)), effects
     gone = _replace(scope, folders=tuple(each for each in scope.folders if each is not folder))
     freed = (Freed(items=folder.items, disk_bytes=folder.bytes),) if folder.items else _NOTHING
-    return gone, (CloseDirectory(directory), *freed)
+    return gone, effects + freed
 
 
 def _tick(scope: Scope, event: Tick) -> Outcome:
@@ -228,17 +229,16 @@ def _in_the_way(scope: Scope) -> Folder | None:
 def _moved(scope: Scope, _: CallDone) -> Outcome:
     folder = _in_the_way(scope)
     assert folder is not None
-    scope, effects = _close_if_unused(scope.with_folder(_replace(folder, trashed=True)), folder.name)
+    scope, effects = _let_go(scope.with_folder(_replace(folder, trashed=True)), folder.name)
     scope, more = _move_next(scope)
     return scope, effects + more
 
 
-def _close_if_unused(scope: Scope, directory: Directory) -> Outcome:
-    return scope, _NOTHING if scope.is_used(directory) else (CloseDirectory(directory),)
-
-
 def _not_moved(scope: Scope, event: CallFailed) -> Outcome:
-    return _replace(scope, phase=Phase.EMPTY), (EraseFailed(event.reason),)
+    folder = _in_the_way(scope)
+    assert folder is not None
+    scope, effects = _let_go(scope, folder.name)
+    return _replace(scope, phase=Phase.EMPTY), (EraseFailed(event.reason), *effects)
 
 
 def _root_moved(scope: Scope, event: RootMoved) -> Outcome:
@@ -247,7 +247,7 @@ def _root_moved(scope: Scope, event: RootMoved) -> Outcome:
         scope, effects = _leave(scope)
     for folder in scope.folders:
         if folder.root < event.root and not folder.trashed:
-            scope, more = _close_if_unused(scope.with_folder(_replace(folder, trashed=True)), folder.name)
+            scope, more = _let_go(scope.with_folder(_replace(folder, trashed=True)), folder.name)
             effects += more
     return _replace(scope, root=max(scope.root, event.root)), effects
 
@@ -256,12 +256,7 @@ def _reaped(scope: Scope, event: Reaped) -> Outcome:
     folder = next((each for each in scope.folders if each.name == event.directory), None)
     if folder is None or not folder.trashed:
         _refuse(scope, event, f": {event.directory} was not in the trash")
-    scope = scope.with_folder(_replace(folder, reaped=True))
-    if scope.is_used(event.directory):
-        return scope, _NOTHING
-    kept = tuple(each for each in scope.folders if each.name != event.directory)
-    freed = (Freed(items=folder.items, disk_bytes=folder.bytes),) if folder.items else _NOTHING
-    return _replace(scope, folders=kept), freed
+    return _let_go(scope.with_folder(_replace(folder, reaped=True)), event.directory)
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
@@ -334,7 +329,7 @@ def _not_promoted(scope: Scope, event: CallFailed) -> Outcome:
 
 def _close(scope: Scope, _: Close) -> Outcome:
     closed = _replace(scope, phase=Phase.CLOSED)
-    return (closed, _NOTHING) if scope.directory is None else _close_if_unused(closed, scope.directory)
+    return (closed, _NOTHING) if scope.directory is None else _let_go(closed, scope.directory)
 
 
 def _refuse(scope: Scope, event: Event, why: str = "") -> NoReturn:

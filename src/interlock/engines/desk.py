@@ -228,7 +228,10 @@ class Desk:
                         return
             self._end(front, stream, "error", "the engine ended this request without saying how")
         except RequestRejected as error:
-            await self._reject(front, stream, str(error))
+            if stream.tokens:  # too late to refuse: what was delivered stands
+                self._end(front, stream, "error", str(error))
+            else:
+                await self._reject(front, stream, str(error))
         except EngineGone as error:
             self._on_gone(str(error))
         except Exception as error:
@@ -297,7 +300,7 @@ class Desk:
 
 
 def _collect(front: Front) -> list[Delta]:
-    """What did not go out yet, up to one frame's worth, marked as sent. Streams that have more come first next time."""
+    """What did not go out yet, up to one frame's worth, marked as sent; the rest is the next frame's."""
     deltas, room = [], TOKENS_PER_FRAME_MAX
     for stream in front.streams.values():
         if not stream.waits or room <= 0:

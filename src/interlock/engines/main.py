@@ -18,7 +18,7 @@ from interlock.engines.vllm import VllmEngine
 from interlock.engines.vllm_setup import VllmConfig
 from interlock.host.base import Host
 from interlock.host.processes import become_subreaper, parent_gone
-from interlock.host.sweep import descendants, end_marked, own_mark, remove_shared_memory, shared_memory_of
+from interlock.host.sweep import end_marked, own_mark, remove_shared_memory, shared_memory_of
 
 _log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ async def _record_shared_memory(host: Host, record: Path, known: set[str]) -> No
     The record only grows: what a dead process had mapped can no longer be seen, and is what it is for.
     """
     while True:
-        names = await host.in_thread(lambda: shared_memory_of(descendants(os.getpid())))
+        names = await host.in_thread(lambda: shared_memory_of(os.getpid()))
         if not names <= known:
             known |= names
             await host.in_thread(host.files.write_durably, record, "\n".join(sorted(known)).encode())

@@ -97,6 +97,12 @@ class VllmEngine:
         manager = self._llm.engine_core.resources.engine_manager
         return list(manager.processes) if manager is not None else []
 
+    @property
+    def _running(self) -> Any:
+        if self._llm is None:
+            raise EngineGone("the engine was stopped")
+        return self._llm
+
     def _explain(self, error: BaseException) -> str:
         log = ""
         if self._config.log:
@@ -113,7 +119,7 @@ class VllmEngine:
 
         prompt = tokens_input(list(work.prompt), cache_salt=work.cache_salt)
         try:
-            outputs = self._llm.generate(prompt, to_vllm(work.sampling), work.key, priority=work.priority)
+            outputs = self._running.generate(prompt, to_vllm(work.sampling), work.key, priority=work.priority)
             async with contextlib.aclosing(outputs):
                 async for output in outputs:
                     yield _progress(output, work.sampling)
@@ -124,32 +130,33 @@ class VllmEngine:
 
     async def abort(self, key: str) -> None:
         with self._gone_if_dead():
-            await self._llm.abort(key)
+            await self._running.abort(key)
 
     # --- standing still ------------------------------------------------------------------------------------------
 
     async def pause(self, mode: Mode) -> None:
         self._paused = True
         with self._gone_if_dead():
-            await self._llm.pause_generation(mode=mode.value, clear_cache=False)
+            await self._running.pause_generation(mode=mode.value, clear_cache=False)
 
     async def unpause(self) -> None:
         if not self._paused:
             return
         with self._gone_if_dead():
-            await self._llm.resume_generation()
+            await self._running.resume_generation()
         self._paused = False
 
     async def stop(self) -> None:
         self._stopping = True
-        if self._llm is None:
+        llm, self._llm = self._llm, None
+        if llm is None:
             return
-        await self._host.in_thread(lambda: self._llm.shutdown(timeout=STOP_SECONDS))
+        await self._host.in_thread(lambda: llm.shutdown(timeout=STOP_SECONDS))
         for watch in self._core:
             watch.close()
 
     async def died(self) -> str:
-        while not self._llm.errored:
+        while self._llm is not None and not self._llm.errored:
             if any(watch.exited for watch in self._core):
                 break
             await self._host.clock.sleep_s(DEATH_POLL_SECONDS)

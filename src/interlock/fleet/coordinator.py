@@ -153,7 +153,7 @@ class Coordinator:
         await self._apply(*transition(self.fleet, Tick(now)))
         if heartbeat or self._changed.is_set():
             self._changed.clear()
-            await self._tell(everybody=heartbeat)
+            await self._tell_fronts()
         await self._judge()
         if self._unsaved_members:
             self._save(self.fleet)
@@ -202,15 +202,14 @@ class Coordinator:
 
     # --- what is told ---------------------------------------------------------------------------------------------
 
-    async def _tell(self, *, everybody: bool) -> None:
-        if everybody:
-            await self._tell_members()
+    async def _tell_fronts(self) -> None:
         if self.fleet.phase is Phase.LEADING:
             membership = self._membership()
             for watcher in list(self._watchers):
                 await self._send(watcher, membership)
 
     async def _tell_members(self) -> None:
+        """At once; who misses it is told again in answer to each of its reports (`_report`)."""
         if self.fleet.phase is not Phase.LEADING:
             return
         target = target_in_words(self.fleet.target)

@@ -33,7 +33,9 @@ from interlock.host.base import Child, Host
 
 _log = logging.getLogger(__name__)
 
-PROBE_SECONDS = 0.1
+PROBE_SECONDS = 0.25
+STILL_SECONDS = 15.0
+"""How often a part that takes long is said to be still on its way."""
 PROBE_ANSWER_SECONDS_MAX = 2.0
 MINUTE_SECONDS = 60.0
 LAST_ANSWER_SECONDS = 0.5
@@ -56,6 +58,8 @@ class FleetPlan(msgspec.Struct, frozen=True, kw_only=True):
     store_address: str
     http_host: str
     http_port: int
+    example: str = ""
+    """Said once the fleet is up: how to ask it something."""
     states: Path
     """Where each engine keeps its identity: `<states>/<name>/identity.json`."""
 
@@ -93,7 +97,7 @@ class Supervisor:
         return [plan.coordinator, *store, *plan.engines, plan.front]
 
     def leave(self, why: str, status: int = 0) -> None:
-        """Ends `run` with this status; the first call counts, a second one hurries."""
+        """Ends `run` with this status; the first call counts."""
         if not self._end.done():
             self._say(why)
             self._end.set_result(status)
@@ -125,6 +129,7 @@ class Supervisor:
         for kept in self._kept.values():
             kept.task = asyncio.create_task(self._keep(kept), name=f"keep {kept.part.name}")
         plan = self._plan
+        self._say("starting " + ", ".join(self._kept))
         waits = [self._up(plan.coordinator.name, self._coordinator_answers, PART_START_SECONDS_MAX)]
         if plan.store is not None:
             waits.append(self._up(plan.store.name, self._store_listens, PART_START_SECONDS_MAX))
@@ -141,12 +146,16 @@ class Supervisor:
 
     async def _up(self, name: str, probe: Probe, seconds_max: float) -> None:
         """Says when the part is up. Raises `StartFailed` when it died or took too long."""
-        begun_s = self._host.clock.monotonic_s()
+        begun_s = said_s = self._host.clock.monotonic_s()
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(PROBE_ANSWER_SECONDS_MAX):
                     if await probe():
                         break
+            now = self._host.clock.monotonic_s()
+            if now - said_s >= STILL_SECONDS:
+                said_s = now
+                self._say(f"  {name:<12} starting, {now - begun_s:.0f} s so far")
             child = self._kept[name].child
             if child is not None and child.returncode is not None:
                 raise StartFailed(f"{name} could not start: {self._launcher.last_words(name)}")
@@ -208,6 +217,8 @@ class Supervisor:
         host = f"[{self._probe_host}]" if ":" in self._probe_host else self._probe_host
         url = f"http://{host}:{self._plan.http_port}"
         self._say(f"ready in {seconds:.1f} s: {url}/v1  (Ctrl-C ends it)")
+        if self._plan.example:
+            self._say(self._plan.example.format(url=url))
 
     # --- keeping -------------------------------------------------------------------------------------------------
 
@@ -216,7 +227,11 @@ class Supervisor:
         part, clock = kept.part, self._host.clock
         while not self._leaving.is_set():
             kept.starts.append(clock.monotonic_s())
-            kept.child = await self._launcher.start(part)
+            try:
+                kept.child = await self._launcher.start(part)
+            except OSError as error:
+                self.leave(f"{part.name} cannot be started: {error}", 1)
+                return
             status = await kept.child.wait()
             if self._leaving.is_set():
                 return

@@ -49,7 +49,7 @@ class RealFiles:
                 os.rmdir(path)
 
     def make_private_dir(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        os.makedirs(path.parent, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             os.mkdir(path, 0o700)
         found = os.lstat(path)

@@ -27,7 +27,8 @@ from interlock.host.processes import (
 from interlock.host.watch import ProcessWatch
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where the kernel shows it, not a place for files
-_MAPPED = re.compile(rb" /dev/shm/((?:psm_|sem\.mp-|torch_|vllm_)[^\s/]+)(?: \(deleted\))?$", re.MULTILINE)
+_MAPPED = re.compile(rb"^\S+ \S+ \S+ \S+ (\d+)\s+/dev/shm/", re.MULTILINE)
+_MADE_BY_LIBRARIES = ("psm_", "sem.mp-", "torch_", "vllm_")
 """What Python, torch and vLLM make under names of their own; other names there may be anybody's."""
 
 
@@ -121,13 +122,20 @@ def descendants(pid: int) -> set[int]:
     return found - {pid}
 
 
-def shared_memory_of(pids: Iterable[int]) -> set[str]:
-    """Names under /dev/shm that these processes have mapped now: what would stay behind if they were killed."""
-    names: set[str] = set()
-    for pid in pids:
+def shared_memory_of(root: int) -> set[str]:
+    """Names under /dev/shm that `root` and its descendants have mapped now: what would stay behind if they were killed."""
+    inodes: set[int] = set()
+    for pid in descendants(root) | {root}:
         with contextlib.suppress(OSError):
-            names |= {name.decode() for name in _MAPPED.findall(Path(f"/proc/{pid}/maps").read_bytes())}
-    return names
+            inodes |= {int(inode) for inode in _MAPPED.findall(Path(f"/proc/{pid}/maps").read_bytes())}
+    # By inode: a semaphore is mapped under a temporary name and linked to its own afterwards.
+    with contextlib.suppress(OSError):
+        return {
+            entry.name
+            for entry in os.scandir(SHARED_MEMORY)
+            if entry.inode() in inodes and entry.name.startswith(_MADE_BY_LIBRARIES)
+        }
+    return set()
 
 
 def remove_shared_memory(names: Iterable[str]) -> None:

@@ -8,6 +8,7 @@ asks for the time between batches, so when it speaks it has let go.
 
 from __future__ import annotations
 
+import logging
 import queue
 from collections.abc import Callable
 
@@ -18,6 +19,8 @@ from interlock.connectors.vllm.movers import GOOD, LATE, MISMATCH, Mover
 from interlock.core.limits import LOAD_SECONDS_MAX, LOADS_QUEUED_MAX
 from interlock.host.threads import monotonic_s, start_thread
 from interlock.store.mapping import MappedSlab
+
+_log = logging.getLogger(__name__)
 
 
 class Loaded(msgspec.Struct, frozen=True):
@@ -112,6 +115,7 @@ class Loader:
             )
             return Loaded(task, outcomes)
         except Exception:
+            _log.exception("a load of %d blocks failed; they are recomputed", len(task.block_ids))
             # What the mover had copied when it failed is unknown, so every block of the load is recomputed.
             return untouched(task, "load_error")
 

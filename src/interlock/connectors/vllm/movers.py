@@ -63,11 +63,11 @@ class _Layout:
         self._slots: tuple[MappedSlab, SlotBytes] | None = None
 
     def slots_of(self, slab: MappedSlab) -> SlotBytes:
-        """Made once a slab; the former slab's mapping goes with its last user."""
-        if self._slots is None or self._slots[0] is not slab:
-            view = SlotBytes(slab.view, self.layout, self.head_start, self.head_stop)
-            self._slots = slab, view
-        return self._slots[1]
+        """Made once a slab; the former slab's mapping goes with its last user. Saving and loading threads both ask."""
+        known = self._slots
+        if known is None or known[0] is not slab:
+            known = self._slots = slab, SlotBytes(slab.view, self.layout, self.head_start, self.head_stop)
+        return known[1]
 
     def verified(self, slab: MappedSlab, key: bytes, location: Location, dense: Bytes) -> bool:
         return verify_block(

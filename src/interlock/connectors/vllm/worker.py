@@ -9,6 +9,7 @@ Nothing raises into the engine. A save that fails is reported bad, a load that f
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,6 +22,8 @@ from interlock.connectors.vllm.tensors import KVBlocks
 from interlock.core.layouts import EMPTY_SHARD
 from interlock.core.limits import CHILD_GRACE_SECONDS, IDLE_STEP_SECONDS_MAX
 from interlock.store.client import StoreClient
+
+_log = logging.getLogger(__name__)
 
 MakeMover = Callable[[KVBlocks, Any, int], Mover]
 
@@ -61,13 +64,12 @@ class WorkerSide:
             self._save(task)
 
     def _save(self, task: SaveTask) -> None:
-        count = (
-            len(task.block_ids) if self._writes else 0
-        )  # a lower rank holds the same heads and writes them
+        if not self._writes:  # a lower rank holds the same heads and writes them
+            self.client.report(task.grant, self._rank, [], [])
+            return
+        count = len(task.block_ids)
         good, sums = [False] * count, [[] for _ in range(count)]  # type: list[bool], list[list[int]]
         try:
-            if not self._writes:
-                return
             slab = self.client.slab_of(task.grant.slab)
             if slab is None or slab.node_incarnation != task.grant.node_incarnation:
                 self._counts["save_slab_gone"] += count
@@ -78,6 +80,7 @@ class WorkerSide:
             good = [True] * count
             self._counts["saved_blocks"] += count
         except Exception:
+            _log.exception("rank %d could not save %d blocks; they are reported bad", self._rank, count)
             good, sums = [False] * count, [[] for _ in range(count)]
             self._counts["save_error"] += 1
         finally:

@@ -1,0 +1,50 @@
+"""A front believes the highest epoch it has heard, and keeps believing while nobody speaks."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from interlock.core.identity import Epoch
+from interlock.fleet.membership_view import MembershipView
+from interlock.host.real import RealHost
+from interlock.wire.channel import Channel, serve_channels
+from interlock.wire.fleet_messages import Membership, WatchMembership
+from interlock.wire.identity import passing_identity
+
+
+def word(term: int, number: int, target: str) -> Membership:
+    return Membership(Epoch(term, number), target, "0", [], [])
+
+
+async def test_the_word_of_an_old_coordinator_is_dropped(tmp_path: Path) -> None:
+    """hazards F3: a coordinator that was frozen thaws and still believes that it leads."""
+    host = RealHost()
+    address = f"unix:{tmp_path}/coordinator.sock"
+    said = [word(2, 1, "PAUSED"), word(1, 9, "RUNNING"), word(2, 1, "PAUSED"), word(2, 2, "STOPPED")]
+    heard: list[str] = []
+    end = asyncio.Event()
+
+    async def speak(channel: Channel) -> None:
+        async for _ in channel.messages():
+            for membership in said:
+                await channel.send(membership)
+
+    def on_change(membership: Membership) -> None:
+        heard.append(membership.target)
+        if membership.target == "STOPPED":
+            end.set()
+
+    me = passing_identity(host, "coordinator")
+    listener = await serve_channels(host, address, me=me, accept=WatchMembership, on_channel=speak)
+    view = MembershipView(host, passing_identity(host, "front"), address, on_change, heard.append)  # type: ignore[arg-type]
+    try:
+        async with asyncio.timeout(10):
+            await end.wait()
+        assert heard == ["PAUSED", "STOPPED"]
+        await listener.close()
+        assert view.current == said[-1]
+    finally:
+        await view.close()
+        await listener.close()
+        host.close()
