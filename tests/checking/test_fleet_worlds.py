@@ -9,11 +9,12 @@ from interlock.checking.explorer import Result, World, explore
 from interlock.checking.lifecycle_world import Lifecycle
 from interlock.checking.lockstep_world import Lockstep
 from interlock.checking.worlds.lifecycle import A_PAUSES, A_UNPAUSES, A_UPDATES, B_ABORTS, B_BREAKS
-from interlock.core import commands, lockstep, lockstep_leader, member
+from interlock.core import commands, lifecycle, lockstep, lockstep_leader
 from interlock.core.fleet_state import Commanded, FleetState, Heard, TellMembers
-from interlock.core.lifecycle import Command, MemberState, State, Step, Target, TargetHeard
+from interlock.core.lifecycle import MemberState, TargetHeard
 from interlock.core.lockstep import Grant, RankReport, RankState
 from interlock.core.lockstep_leader import GroupState, RankLost
+from interlock.core.targets import Command, State, Step, Target
 
 pytestmark = pytest.mark.explorer
 
@@ -85,7 +86,7 @@ def test_a_member_that_runs_with_the_weights_it_has_is_seen() -> None:
         if isinstance(event, TargetHeard):
             told = told if told and event.target.epoch <= told.epoch else event.target
             event = TargetHeard(_at(event.target, core.version))
-        after, effects = member.transition(seen, event)
+        after, effects = lifecycle.transition(seen, event)
         return msgspec.structs.replace(after, heard=told), effects
 
     world = Lifecycle(A_UPDATES, B_BREAKS, engines=1, before=(A_PAUSES,), member_transition=runs_as_it_is)
@@ -100,7 +101,7 @@ def test_a_member_that_obeys_older_targets_is_seen() -> None:
     def obeys(core: MemberState, event: Any) -> Any:
         if isinstance(event, TargetHeard) and core.heard and event.target.epoch < core.heard.epoch:
             core = msgspec.structs.replace(core, heard=None)
-        return member.transition(core, event)
+        return lifecycle.transition(core, event)
 
     world = Lifecycle(A_PAUSES, B_ABORTS, engines=1, member_transition=obeys)
     assert violation(world)
@@ -108,7 +109,7 @@ def test_a_member_that_obeys_older_targets_is_seen() -> None:
 
 def test_a_member_that_ignores_a_stricter_pause_is_seen() -> None:
     def ignores(core: MemberState, event: Any) -> Any:
-        after, effects = member.transition(core, event)
+        after, effects = lifecycle.transition(core, event)
         if core.state is State.PAUSED and any(getattr(e, "step", None) is Step.PAUSE for e in effects):
             mode = core.heard.mode if core.heard else core.mode
             return msgspec.structs.replace(core, heard=after.heard, mode=mode), ()

@@ -19,8 +19,8 @@ from interlock.core.fleet_state import (
     allot,
 )
 from interlock.core.identity import Epoch
-from interlock.core.lifecycle import TARGETS, Command, Hold, Mode, State
 from interlock.core.limits import HOLDS_MAX
+from interlock.core.targets import TARGETS, Command, Hold, Mode, State
 
 C, S = Command, State
 RUNNING = FleetState(Phase.LEADING, Epoch(1, 1), S.RUNNING, "v1")
@@ -205,6 +205,12 @@ def test_only_a_leader_decides_and_the_refusal_may_be_retried(phase: Phase, why:
         do(fleet, C.PAUSE)
     assert refused.value.retryable
     assert transition(fleet, Settled(fleet.epoch, True)) == (fleet, ())
+
+
+def test_recovery_ends_at_its_deadline() -> None:
+    fleet = FleetState(Phase.RECOVERING, Epoch(1, 0), S.RUNNING, "v1", deadline_s=10.0)
+    assert transition(fleet, Tick(9.9)) == (fleet, ())
+    assert transition(fleet, Tick(10.0))[0].phase is Phase.LEADING
 
 
 def test_an_epoch_only_grows() -> None:

@@ -48,6 +48,11 @@ def test_words_of_an_older_leader_and_grants_below_change_nothing_and_are_answer
     assert transition_rank(state, late) == (state, (Report(RankReport(1, 2, 1, 1)),))
 
 
+def test_a_repeated_grant_is_reported_and_changes_nothing() -> None:
+    state = rank(Fence(1), Grant(1, 1, 8))
+    assert transition_rank(state, Grant(1, 1, 64)) == (state, (Report(state.report),))
+
+
 @pytest.mark.parametrize("grant", [Grant(3, 2), Grant(2, 3)])
 def test_a_grant_without_a_fence_or_too_far_ahead_is_refused_and_changes_nothing(grant: Grant) -> None:
     state = rank(Fence(2))

@@ -76,7 +76,10 @@ def test_pausing_a_group_that_stands_is_paused_at_once() -> None:
 
 def test_at_most_two_steps_are_granted_ahead_of_the_slowest_rank() -> None:
     state = group(says(0, 0, 0), says(1, 0, 0), Proceed(), Advance(0.0, 1), Advance(0.0, 1), says(0, 2, 2))
-    with pytest.raises(LocalProtocolError, match=r"step 3 may not be granted.* has reached step 0"):
+    with pytest.raises(
+        LocalProtocolError,
+        match=r"step 3 may not be granted: the group is GRANTING, and .* has reached step 0",
+    ):
         transition(state, Advance(0.0, 1))
     assert state.granted == 2
     state, _ = transition(state, says(1, 2, 1))
@@ -182,6 +185,17 @@ def test_a_group_has_at_least_one_rank_and_at_most_the_bound() -> None:
     for ranks in (0, RANKS_MAX + 1):
         with pytest.raises(LocalProtocolError, match="outside 1 to"):
             lead(1, ranks, deadline_s=0.0)
+    for ranks in (1, RANKS_MAX):
+        assert lead(1, ranks, deadline_s=0.0).slowest == 0
+
+
+@pytest.mark.parametrize(
+    ("phase", "event", "hint"),
+    [(Phase.FENCING, Advance(0.0, 1), "await its ranks"), (Phase.ENDED, Proceed(), "started anew")],
+)
+def test_what_does_not_fit_says_what_to_do(phase: Phase, event: GroupEvent, hint: str) -> None:
+    with pytest.raises(LocalProtocolError, match=hint):
+        transition(STATES[phase], event)
 
 
 def test_a_report_is_cheap() -> None:

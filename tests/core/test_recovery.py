@@ -17,9 +17,9 @@ from interlock.core.fleet_state import (
     Tick,
 )
 from interlock.core.identity import Epoch
-from interlock.core.lifecycle import Command, Hold, Mode, State, Target
 from interlock.core.limits import HOLDS_MAX
 from interlock.core.recovery import restarted
+from interlock.core.targets import Command, Hold, Mode, State, Target
 
 HOLD = Hold("trainer", Mode.ABORT, 12.0)
 
@@ -62,6 +62,13 @@ def test_a_deposed_coordinator_that_restarts_listens_before_it_leads() -> None:
     assert fleet.phase is Phase.RECOVERING
     fleet, _ = hear(fleet, "e0", told(State.RUNNING, 5, 1))
     assert (fleet.phase, fleet.state, fleet.epoch) == (Phase.LEADING, State.PAUSED, Epoch(9, 1))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_deposed_coordinator_knows_its_weights_only_if_it_knew_them(known: bool) -> None:
+    kept = FleetState(Phase.DEPOSED, Epoch(3, 9), State.PAUSED, "v2", version_known=known, holds=(HOLD,))
+    fleet, _ = restarted(kept, term=9, version="v0", deadline_s=1.0)
+    assert transition(fleet, Tick(1.0))[0].version_known is known
 
 
 # --- without -------------------------------------------------------------------------------------------------------------
@@ -199,6 +206,16 @@ def test_a_hold_that_both_know_keeps_its_deadline_and_takes_the_stricter_mode() 
     fleet, _ = transition(fleet, Commanded(Command.PAUSE, "trainer", mode=Mode.WAIT, deadline_s=5.0))
     after, _ = hear(fleet, "e9", told(State.PAUSED, 5, 2, HOLD))
     assert after.holds == (Hold("trainer", Mode.ABORT, 5.0),)
+
+
+def test_a_hold_remembered_more_laxly_stays_as_strict_as_it_is() -> None:
+    fleet = lead(told(State.PAUSED, 5, 1, HOLD), told(State.PAUSED, 5, 2, Hold("trainer", Mode.WAIT)))
+    assert fleet.holds == (Hold("trainer", Mode.ABORT, None),)
+
+
+def test_as_many_holds_as_the_bound_stay_as_they_are() -> None:
+    many = tuple(Hold(f"a{number:03}") for number in range(HOLDS_MAX))
+    assert lead(told(State.PAUSED, 5, 1, *many)).holds == many
 
 
 def test_more_holds_than_the_bound_become_one_and_none_is_released() -> None:

@@ -6,7 +6,6 @@ import pytest
 
 from interlock.core.errors import LocalProtocolError
 from interlock.core.identity import Epoch
-from interlock.core.lifecycle import State
 from interlock.core.roster import (
     AnswerStale,
     Changed,
@@ -22,6 +21,7 @@ from interlock.core.roster import (
     register_lost,
     transition,
 )
+from interlock.core.targets import State
 
 NOW = Epoch(1, 5)
 
@@ -149,13 +149,14 @@ def test_who_is_expected_and_was_never_heard_counts_as_unknown() -> None:
     assert judge(MEMBER, unseen=["e7"])[2] == "waiting for e7 to be PAUSED"
     assert judge(MEMBER, unseen=["e7"], expired=True)[2] == "e7 cannot be seen"
     assert judge(MEMBER, unseen=["e0"])[:2] == (True, True)
+    assert judge(unseen=["e7"])[:2] == (False, False)
 
 
 def test_no_members_is_an_error_but_an_empty_fleet_is_stopped() -> None:
     assert judge() == (True, False, "there is no member to command")
     assert judge(LOST)[:2] == (True, False)
     assert judge(LOST, target=State.STOPPED)[:2] == (True, True)
-    assert judge(target=State.STOPPED)[:2] == (True, True)
+    assert judge(target=State.STOPPED) == (True, True, "nothing runs")
 
 
 def test_a_report_is_cheap() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from interlock.core import sessions
 from interlock.core.errors import LocalProtocolError, ProtocolError, RemoteProtocolError
 from interlock.core.joins import JoinName
-from interlock.core.limits import BLOCKS_PER_CALL_MAX
+from interlock.core.limits import BLOCKS_PER_CALL_MAX, RANKS_MAX
 from interlock.core.sessions import (
     Abort,
     Event,
@@ -183,6 +183,13 @@ def test_a_session_that_makes_no_sense_is_not_started(changes: dict[str, object]
     sound = {"slab": SLAB, "keys": (A, B), "slots": (4, 5), "given": ("p", "q"), "deadline_s": 10.0}
     with pytest.raises(LocalProtocolError, match=match):
         start(NAME, **(sound | changes))  # type: ignore[arg-type]
+
+
+def test_a_session_of_exactly_the_limits_is_started() -> None:
+    keys = tuple(number.to_bytes(32) for number in range(BLOCKS_PER_CALL_MAX))
+    given = tuple(map(str, range(RANKS_MAX)))
+    most = start(NAME, slab=SLAB, keys=keys, slots=tuple(range(len(keys))), given=given, deadline_s=10.0)
+    assert most.holders == given
 
 
 # --- over all histories ------------------------------------------------------------------------------------------

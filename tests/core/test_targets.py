@@ -7,23 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from interlock.core.identity import Epoch
-from interlock.core.lifecycle import (
-    BEGUN,
-    FINISHED,
-    PATH,
-    TARGETS,
-    Begin,
-    MemberEffect,
-    MemberState,
-    Mode,
-    State,
-    Step,
-    StepFinished,
-    Target,
-    TargetHeard,
-    next_step,
-    transition,
-)
+from interlock.core.lifecycle import Begin, MemberEffect, MemberState, StepFinished, TargetHeard, transition
+from interlock.core.targets import BEGUN, FINISHED, PATH, TARGETS, Mode, State, Step, Target, next_step
 
 VERSIONS = ("v1", "v2")
 
@@ -110,3 +95,20 @@ def test_every_target_is_reached_from_every_state_by_steps_that_succeed(
 
 def test_begun_and_finished_are_of_the_same_states() -> None:
     assert set(BEGUN.values()) == set(FINISHED)
+
+
+@pytest.mark.parametrize(
+    ("under_way", "to", "wanted", "step"),
+    [
+        (Mode.WAIT, State.PAUSED, Mode.ABORT, Step.PAUSE),
+        (Mode.ABORT, State.PAUSED, Mode.KEEP, Step.WAIT),
+        (Mode.KEEP, State.SUSPENDED, Mode.KEEP, Step.WAIT),
+        (Mode.WAIT, State.RUNNING, Mode.WAIT, Step.PAUSE),
+        (Mode.KEEP, State.RUNNING, Mode.ABORT, Step.WAIT),
+        (Mode.WAIT, State.STOPPED, Mode.ABORT, Step.WAIT),
+    ],
+)
+def test_a_pause_under_way_is_begun_again_only_to_be_stricter_or_to_be_cut_short(
+    under_way: Mode, to: State, wanted: Mode, step: Step
+) -> None:
+    assert next_step(State.PAUSING, "v1", under_way, target(to, mode=wanted)) is step

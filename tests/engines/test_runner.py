@@ -10,7 +10,7 @@ from engine_rig import Rig
 from hand_engine import expected_tokens
 
 from interlock.core.identity import Epoch
-from interlock.core.lifecycle import Mode
+from interlock.core.targets import Mode
 from interlock.engines import desk
 from interlock.engines.base import EngineStartError
 from interlock.engines.runner import STATUS_FAILED, STATUS_STOPPED, STATUS_TOLD

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from interlock.core.lifecycle import Mode
+from interlock.core.targets import Mode
 from interlock.engines.base import EngineGone, Progress, RequestRejected, Work
 from interlock.engines.demo_model import build_demo_model
 from interlock.engines.vllm import VllmEngine

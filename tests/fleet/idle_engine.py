@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 
-from interlock.core.lifecycle import Mode
+from interlock.core.targets import Mode
 from interlock.engines.base import Capabilities, Progress, Work
 from interlock.wire.fleet_messages import Load
 

@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from interlock.core.errors import InterlockError
-from interlock.core.member import (
+from interlock.core.lifecycle import (
     Admission,
     Begin,
     MemberEvent,

@@ -37,7 +37,7 @@ def main() -> None:
         (run_dir / f"{name}.grandchild").write_text(str(escaped.pid))
     (run_dir / f"{name}.pid.new").write_text(str(os.getpid()))
     (run_dir / f"{name}.pid.new").rename(run_dir / f"{name}.pid")
-    if kind == "engine":
+    if kind == "engine" and not behaviour.get("hang"):
         start_engine(name, run_dir)
     if kind == "front":
         start_http(behaviour["port"])

@@ -315,7 +315,7 @@ async def test_while_recovering_commands_wait_and_fronts_keep_what_they_know(fle
     known = fleet.dispatcher.membership
     await fleet.stop_coordinator(lose_state=True)
     await fleet.until(lambda: not fleet.dispatcher.coordinator_connected)
-    coordinator = await fleet.start_coordinator(expected=["a", "never"], recovering_s=3.0)
+    coordinator = await fleet.start_coordinator(expected=["a", "never"], recovering_s=2.0)
     await fleet.until(lambda: fleet.dispatcher.coordinator_connected and coordinator._watchers)
     await asyncio.sleep(0.1)  # for a word that must not come
     assert coordinator.fleet.phase == "RECOVERING"
@@ -324,7 +324,7 @@ async def test_while_recovering_commands_wait_and_fronts_keep_what_they_know(fle
     assert fleet.dispatcher.membership == known
     assert (await one_request(fleet, a))[0] == continuation_of([9], 2)
     paused = await fleet.client.pause(
-        owner="t", timeout_s=3.0, allow_unknown=True
+        owner="t", timeout_s=0.5, allow_unknown=True
     )  # asked again until it leads
     assert paused.ok
     assert coordinator.fleet.phase == "LEADING"

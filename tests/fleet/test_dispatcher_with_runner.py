@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from scripted_engine import MODEL_TOKENS, continuation_of, next_token, read, read_some
 
-from interlock.core.lifecycle import Mode
+from interlock.core.targets import Mode
 from interlock.engines.base import Capabilities, Progress, Work
 from interlock.engines.runner import Runner, RunnerConfig
 from interlock.wire.fleet_messages import Load

@@ -17,6 +17,7 @@ import pytest
 from scripted_engine import continuation_of, read, read_some
 
 from interlock.core.errors import ChannelFault
+from interlock.fleet import engine_link, members
 from interlock.fleet.client import CommandFailed
 
 Fleet = Any
@@ -111,28 +112,31 @@ async def test_no_order_of_disturbances_changes_a_token(fleet: Fleet, seed: int)
     await fleet.until(lambda: len(fleet.dispatcher.ledger) == 0)
 
 
-async def test_a_process_frozen_and_thawed_is_suspected_replaced_and_not_heard(fleet: Fleet) -> None:
+async def test_a_process_frozen_and_thawed_is_suspected_replaced_and_not_heard(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """SIGSTOP: no exit, only silence. What can go on elsewhere does; what cannot waits for the thaw, and is not lost."""
+    for module in (engine_link, members):
+        monkeypatch.setattr(module, "SILENCE_SECONDS_MAX", 2.0)
     await fleet.start_coordinator()
     child = await fleet.engine_process("a", 0.004)
-    await fleet.start_dispatcher()
-    await fleet.ready("a")
-    movable = fleet.ask([1, 2], 1500)
-    bound = fleet.ask([3, 4], 1500, temperature=1.0, seed=9)
-    heads = [await read_some(stream, 3) for stream in (movable, bound)]
     b = await fleet.engine("b", step_s=0.0)
-    await fleet.ready("b")
+    await fleet.start_dispatcher()
+    await fleet.ready("a", "b")
+    movable = fleet.ask([1, 2], 400, engine="a")
+    bound = fleet.ask([3, 4], 400, engine="a", temperature=1.0, seed=9)
+    heads = [await read_some(stream, 3) for stream in (movable, bound)]
     os.kill(child.pid, signal.SIGSTOP)
     try:
         await b.until(lambda: b.streams)  # after SILENCE_SECONDS_MAX
         tail, _ = await read(movable)
-        assert heads[0] + tail == continuation_of([1, 2], 1500)
+        assert heads[0] + tail == continuation_of([1, 2], 400)
         assert movable.attempts == 2
     finally:
         os.kill(child.pid, signal.SIGCONT)
     await fleet.ready("a")
     tail, finish = await read(bound)
-    assert heads[1] + tail == continuation_of([3, 4], 1500)
+    assert heads[1] + tail == continuation_of([3, 4], 400)
     assert (finish, bound.attempts) == ("length", 1)
 
 

@@ -177,6 +177,19 @@ def test_a_part_that_cannot_start_ends_the_start_in_its_own_words(make_fleet: Ca
     assert not fleet.base.exists()
 
 
+@pytest.mark.parametrize("name", ["store", "engine-0"])
+def test_a_part_that_dies_while_others_are_still_starting_ends_the_start(
+    make_fleet: Callable[..., Fleet], name: str
+) -> None:
+    """It was up already: nobody asks after it any more, and the fleet would be announced without it."""
+    fleet = make_fleet(**{"engine-1": {"hang": True}})
+    until(lambda: f"{name} " in fleet.said() and " up after" in fleet.said().split(f"  {name} ")[-1], "up")
+    os.kill(fleet.pid(name), signal.SIGKILL)
+    assert fleet.process.wait(SECONDS) == 1
+    assert f"{name} died while the fleet was starting" in fleet.said()
+    assert not fleet.base.exists()
+
+
 def test_ctl_stop_ends_the_engines_and_then_the_fleet_with_status_zero(
     make_fleet: Callable[..., Fleet],
 ) -> None:

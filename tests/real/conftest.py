@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -22,3 +25,11 @@ def descendants() -> Callable[[int], list[int]]:
         return found
 
     return below
+
+
+@pytest.fixture(scope="module")
+def run_home() -> Iterator[Path]:
+    """A private home for run directories, with the short path that sockets need; pytest's own are too long."""
+    home = Path(tempfile.mkdtemp(prefix="il-"))
+    yield home
+    shutil.rmtree(home)

@@ -20,9 +20,9 @@ pytestmark = [pytest.mark.fleet, pytest.mark.timeout(300)]
 
 
 async def test_one_engine_of_two_ranks_answers_and_ctrl_c_leaves_nothing(
-    descendants: Callable[[int], list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    descendants: Callable[[int], list[int]], run_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(run_home))
     host, model = RealHost(), build_demo_model()
     prompt = demo.documents(TextModel.load(model).encode)[0]
     async with demo.running_fleet(host, str(model), free_port(), print, engines=1, tp=2) as fleet:
@@ -35,4 +35,4 @@ async def test_one_engine_of_two_ranks_answers_and_ctrl_c_leaves_nothing(
         async with asyncio.timeout(30):
             assert await fleet.child.wait() == 0
     assert not [pid for pid in tree if Path(f"/proc/{pid}").exists()]
-    assert [path for path in tmp_path.rglob("*") if not path.is_dir()] == []
+    assert [path for path in run_home.rglob("*") if not path.is_dir()] == []

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 
 from interlock.cli import demo
 from interlock.cli.equality import Completion, compare
@@ -33,17 +34,12 @@ def prompts() -> list[list[int]]:
     return demo.documents(TextModel.load(build_demo_model()).encode)
 
 
-@pytest.fixture(scope="module")
-def run_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("run")
-
-
-@pytest.fixture(scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def reference(host: RealHost, prompts: list[list[int]]) -> list[Completion]:
     return await demo.plain_run(host, build_demo_model(), prompts)
 
 
-@pytest.fixture(scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def fleet(host: RealHost, run_home: Path, reference: list[Completion]) -> AsyncIterator[demo.Fleet]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_RUNTIME_DIR", str(run_home))

@@ -13,7 +13,7 @@ import pytest
 
 from interlock.core.errors import ChannelFault, InterlockError
 from interlock.core.identity import Epoch
-from interlock.core.lifecycle import State
+from interlock.core.targets import State
 from interlock.fleet.generation import Generation
 from interlock.fleet.ledger import GenerationRequest
 from interlock.host.ports import bind_port, port_of

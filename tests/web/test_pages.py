@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from interlock.core.lifecycle import State
+from interlock.core.targets import State
 
 
 async def health(world) -> tuple[int, str]:

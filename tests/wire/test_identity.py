@@ -54,14 +54,14 @@ def test_an_unaccepted_life_rises_above_who_refused_it_and_stores_that_first(tmp
     assert load_identity(SteppedHost(10), tmp_path, "a").incarnation == 5002
 
 
-def test_an_accepted_life_never_rises_it_ends(tmp_path: Path) -> None:
+def test_an_accepted_life_never_rises_it_ends_and_its_successor_begins_above(tmp_path: Path) -> None:
     identity = load_identity(SteppedHost(10), tmp_path, "a")
     identity.mark_accepted()
     with pytest.raises(StaleError, match="stop this process") as caught:
         identity.raise_above(5000, by="b")
     assert caught.value.highest == 5000
     assert identity.incarnation == 10
-    assert load_identity(SteppedHost(10), tmp_path, "a").incarnation == 11
+    assert load_identity(SteppedHost(10), tmp_path, "a").incarnation == 5001
 
 
 def test_a_directory_of_another_name_or_with_garbage_is_refused_in_words(tmp_path: Path) -> None:

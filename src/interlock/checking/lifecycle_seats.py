@@ -9,8 +9,9 @@ import msgspec
 from interlock.checking.parts import Machine, Mail
 from interlock.core.fleet_state import FleetState, Phase
 from interlock.core.identity import Epoch
-from interlock.core.lifecycle import FINISHED, MemberState, State, Target
+from interlock.core.lifecycle import MemberState
 from interlock.core.roster import MemberRecord, Sight
+from interlock.core.targets import FINISHED, State, Target
 
 NOBODY = -1
 """No record of this member."""

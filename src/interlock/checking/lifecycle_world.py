@@ -1,6 +1,6 @@
 """What is explored of the fleet's life: engines, a coordinator that restarts with and without its state, crossing commands.
 
-The actors: members that walk (`core/member`), one of which may join late; a coordinator (`core/commands`, `core/recovery`) with a
+The actors: members that walk (`core/lifecycle`), one of which may join late; a coordinator (`core/commands`, `core/recovery`) with a
 record of each member (`core/roster`); clients whose commands come at any moment, in any order, and are refused where the table
 says so. A member may die, freeze and thaw, fail a step; the coordinator may lose its memory, and its state too.
 
@@ -23,7 +23,7 @@ import msgspec
 from interlock.checking.explorer import Broken, World
 from interlock.checking.lifecycle_seats import ALIVE, DEAD, NOBODY, Fleet, Seats
 from interlock.checking.parts import Machine, Mail
-from interlock.core import commands, member, recovery, roster
+from interlock.core import commands, lifecycle, recovery, roster
 from interlock.core.commands import CommandRefused
 from interlock.core.fleet_state import (
     Commanded,
@@ -36,18 +36,9 @@ from interlock.core.fleet_state import (
     Tick,
 )
 from interlock.core.identity import Epoch
-from interlock.core.lifecycle import (
-    FINISHED,
-    STRICTNESS,
-    Command,
-    MemberState,
-    State,
-    StepFailed,
-    StepFinished,
-    Target,
-    TargetHeard,
-)
+from interlock.core.lifecycle import MemberState, StepFailed, StepFinished, TargetHeard
 from interlock.core.roster import Gone, MemberRecord, Reported, Sight, Silent
+from interlock.core.targets import FINISHED, STRICTNESS, Command, State, Target
 
 NEVER = 1e9
 MOVING = (State.RUNNING, State.UNPAUSING)
@@ -70,7 +61,7 @@ class Lifecycle(World[Fleet]):
         failures: int = 0,
         restarts: Restarts = "none",
         before: Sequence[Commanded] = (),
-        member_transition: Transition = member.transition,
+        member_transition: Transition = lifecycle.transition,
         fleet_transition: Transition = commands.transition,
     ) -> None:
         self.asks = asks
@@ -99,10 +90,10 @@ class Lifecycle(World[Fleet]):
         state, _ = commands.transition(state, Tick(NEVER))
         for ask in before:
             state, _ = commands.transition(state, ask)
-        core, _ = member.transition(MemberState(), StepFinished(1, "v1"))
-        core, effects = member.transition(core, TargetHeard(state.target))
-        while any(isinstance(effect, member.Begin) for effect in effects):
-            core, effects = member.transition(core, StepFinished(core.attempt, "v1"))
+        core, _ = lifecycle.transition(MemberState(), StepFinished(1, "v1"))
+        core, effects = lifecycle.transition(core, TargetHeard(state.target))
+        while any(isinstance(effect, lifecycle.Begin) for effect in effects):
+            core, effects = lifecycle.transition(core, StepFinished(core.attempt, "v1"))
         # Attempts only tell one step from another; all begin alike.
         report = _report_of(core)
         joiners = self.size - engines
@@ -167,9 +158,9 @@ class Lifecycle(World[Fleet]):
         number, effects = self.members.step(state.members[who], event)
         loading, life = state.loading, state.life
         for effect in effects:
-            if isinstance(effect, member.Begin):
+            if isinstance(effect, lifecycle.Begin):
                 loading = put(loading, who, effect.version if effect.step == "UPDATE" else "")
-            elif isinstance(effect, member.Leave):
+            elif isinstance(effect, lifecycle.Leave):
                 life = put(life, who, DEAD)
         return but(state, members=put(state.members, who, number), loading=loading, life=life)
 
@@ -331,8 +322,8 @@ class Lifecycle(World[Fleet]):
                 return (
                     f"a pause that its owner was promised is not released, and member {who} is {core.state}"
                 )
-            at = member.admission(core, core.epoch)
-            if at is member.Admission.ADMIT and core.heard is not None and core.version != core.heard.version:
+            at = lifecycle.admission(core, core.epoch)
+            if at is lifecycle.Admission.ADMIT and core.heard is not None and core.version != core.heard.version:
                 return (
                     f"member {who} takes work with weights {core.version}, and was told {core.heard.version}"
                 )
@@ -415,4 +406,6 @@ def words(ask: Commanded) -> str:
     more = ask.version or (f"hold of {ask.break_hold_of}" if ask.break_hold_of else "")
     if ask.command is Command.PAUSE:
         more = ask.mode
+    if ask.composite:
+        more = "after a pause"
     return f"{ask.command}{f'({more})' if more else ''} by {ask.owner}"

@@ -35,7 +35,7 @@ from interlock.core.fleet_state import (
 from interlock.core.identity import Epoch
 from interlock.core.limits import HOLDS_MAX
 from interlock.core.recovery import excused, heard, lead
-from interlock.core.targets import STRICTNESS, Command, Hold, State
+from interlock.core.targets import Command, Hold, State, strictest
 
 C, S = Command, State
 LEGAL: dict[tuple[Command, State], State] = {
@@ -157,15 +157,19 @@ def _pause(fleet: FleetState, ask: Commanded, composite: bool) -> FleetOutcome:
             raise _refuse(fleet, ask.command, why, "release some with UNPAUSE, or break them by name")
         hold = Hold(ask.owner, ask.mode, ask.deadline_s)
     else:
-        mode = max(mine.mode, ask.mode, key=STRICTNESS.__getitem__)
-        ends = (mine.deadline_s, ask.deadline_s)
-        hold = Hold(ask.owner, mode, None if None in ends else max(end for end in ends if end is not None))
+        mode = strictest(mine.mode, ask.mode)
+        hold = Hold(ask.owner, mode, _later(mine.deadline_s, ask.deadline_s))
     if hold == mine:
         return fleet, (Accept(ask.command, fleet.epoch),)
     holds = tuple(sorted((held | {ask.owner: hold}).values(), key=lambda hold: hold.owner))
     stop_for = ask.owner if composite else fleet.stop_for
     changed = msgspec.structs.replace(fleet, state=S.PAUSED, holds=holds, stop_for=stop_for)
     return _accepted(changed, ask.command)
+
+
+def _later(a: float | None, b: float | None) -> float | None:
+    """None is never, the latest of all."""
+    return None if a is None or b is None else max(a, b)
 
 
 def _unpause(fleet: FleetState, ask: Commanded) -> FleetOutcome:

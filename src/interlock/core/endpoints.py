@@ -399,11 +399,11 @@ TABLE: dict[tuple[Phase, type], Move] = {
     (CONNECTING, Tick):       Move(_tick,            (CONNECTING, RETIRING)),
     (CONNECTING, Close):      Move(_close_later,     (RETIRING,)),
     (WAIT_READY, Connect):    Move(_want,            (WAIT_READY,)),
-    (WAIT_READY, Open):       Move(_say_again,       (WAIT_READY, RETIRING, CONNECTING, IDLE)),
-    (WAIT_READY, Accept):     Move(_hear,            (WAIT_READY, RETIRING)),
-    (WAIT_READY, Ready):      Move(_hear,            (WAIT_READY, CONNECTED, RETIRING)),
-    (WAIT_READY, Heartbeat):  Move(_hear,            (WAIT_READY, CONNECTED, RETIRING)),
-    (WAIT_READY, Reject):     Move(_rejected,        (WAIT_READY, RETIRING)),
+    (WAIT_READY, Open):       Move(_say_again,       (WAIT_READY, CONNECTING, IDLE, RETIRING)),
+    (WAIT_READY, Accept):     Move(_hear,            (WAIT_READY, CONNECTING, IDLE, RETIRING)),
+    (WAIT_READY, Ready):      Move(_hear,            (WAIT_READY, CONNECTED, CONNECTING, IDLE, RETIRING)),
+    (WAIT_READY, Heartbeat):  Move(_hear,            (WAIT_READY, CONNECTED, CONNECTING, IDLE, RETIRING)),
+    (WAIT_READY, Reject):     Move(_rejected,        (WAIT_READY, CONNECTING, IDLE, RETIRING)),
     (WAIT_READY, LaneReady):  Move(_lane_ready,      (WAIT_READY,)),
     (WAIT_READY, LaneFailed): Move(_lane_failed,     (WAIT_READY, RETIRING)),
     (WAIT_READY, Retire):     Move(_retire_unwanted, (RETIRING,)),
@@ -495,7 +495,8 @@ def _too_old(endpoint: Endpoint, event: Message) -> Outcome:
 
 def _learn(endpoint: Endpoint, event: Message) -> Outcome:
     """Whatever it says, it says how far its sender is."""
-    if event.me == endpoint.known:
+    is_for_later = endpoint.phase is Phase.RETIRING and isinstance(event, Open)  # It will be repeated.
+    if event.me == endpoint.known or is_for_later:
         return endpoint, _NOTHING
     learnt = _replace(endpoint, known=event.me)
     if endpoint.chosen:

@@ -7,7 +7,7 @@ from enum import StrEnum
 import msgspec
 
 from interlock.core.identity import Epoch
-from interlock.core.targets import STRICTNESS, Command, Hold, Mode, State, Target
+from interlock.core.targets import Command, Hold, Mode, State, Target, strictest
 
 
 class Phase(StrEnum):
@@ -47,7 +47,7 @@ class FleetState(msgspec.Struct, frozen=True):
     @property
     def mode(self) -> Mode:
         """The strictest of all holds; KEEP without any."""
-        return max((hold.mode for hold in self.holds), key=STRICTNESS.__getitem__, default=Mode.KEEP)
+        return strictest(*(hold.mode for hold in self.holds)) if self.holds else Mode.KEEP
 
     @property
     def target(self) -> Target:

@@ -111,8 +111,7 @@ def transition_rank(rank: RankState, event: RankEvent) -> RankOutcome:
     """
     match event:
         case Fence(epoch):
-            if epoch > rank.leader_epoch:
-                rank = msgspec.structs.replace(rank, leader_epoch=epoch)
+            rank = msgspec.structs.replace(rank, leader_epoch=max(rank.leader_epoch, epoch))
             return rank, (Report(rank.report),)
         case Grant():
             return _granted(rank, event)

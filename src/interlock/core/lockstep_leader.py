@@ -202,10 +202,11 @@ def _report(group: GroupState, report: RankReport) -> GroupOutcome:
     heard = msgspec.structs.replace(group, reports=reports)
     if group.phase is Phase.GRANTING:
         return _when_paused(group, heard)
-    if any(said is None for said in reports):
+    said = [each for each in reports if each is not None]
+    if len(said) < len(reports):
         return heard, ()
-    granted = max(said.granted for said in reports if said is not None)
-    tokens = max(said.tokens for said in reports if said is not None)
+    granted = max(each.granted for each in said)
+    tokens = max(each.tokens for each in said)
     granting, effects = _when_paused(
         heard,
         msgspec.structs.replace(heard, phase=Phase.GRANTING, granted=granted, tokens=tokens, deadline_s=None),

@@ -17,7 +17,7 @@ import msgspec
 from interlock.core.fleet_state import FleetOutcome, FleetState, Heard, Persist, Phase, StepDown, allot
 from interlock.core.identity import Epoch
 from interlock.core.limits import HOLDS_MAX
-from interlock.core.targets import STRICTNESS, TARGETS, Hold, State, Target
+from interlock.core.targets import TARGETS, Hold, State, Target, strictest
 
 RESTRICTION = {state: rank for rank, state in enumerate(TARGETS)}
 S = State
@@ -126,11 +126,10 @@ def _all_holds(ours: tuple[Hold, ...], theirs: tuple[Hold, ...]) -> tuple[Hold, 
     """The union by owner, stricter mode first. Deadlines of holds placed in other lives are on a clock unknown here."""
     holds = {hold.owner: hold for hold in ours}
     for hold in theirs:
-        mine = holds.get(hold.owner)
-        if mine is None or STRICTNESS[mine.mode] < STRICTNESS[hold.mode]:
-            holds[hold.owner] = Hold(hold.owner, hold.mode, mine.deadline_s if mine else None)
+        mine = holds.get(hold.owner, Hold(hold.owner, hold.mode))
+        holds[hold.owner] = Hold(hold.owner, strictest(mine.mode, hold.mode), mine.deadline_s)
     merged = sorted(holds.values(), key=lambda hold: hold.owner)
     if len(merged) > HOLDS_MAX:  # two lives placed that many: none is released, the rest becomes one
-        rest = max((hold.mode for hold in merged[HOLDS_MAX - 1 :]), key=STRICTNESS.__getitem__)
+        rest = strictest(*(hold.mode for hold in merged[HOLDS_MAX - 1 :]))
         merged = [*merged[: HOLDS_MAX - 1], Hold("holds of an earlier coordinator", rest)]
     return tuple(merged)

@@ -128,6 +128,10 @@ def stricter(mode: Mode, than: Mode | None) -> bool:
     return than is None or STRICTNESS[mode] > STRICTNESS[than]
 
 
+def strictest(*modes: Mode) -> Mode:
+    return max(modes, key=STRICTNESS.__getitem__)
+
+
 def next_step(state: State, version: str | None, mode: Mode | None, target: Target) -> Step:
     """The step from here towards `target`; total. `mode` is that of the pause in force or under way, None: none.
 

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import msgspec
 
-from interlock.core.lifecycle import Mode
+from interlock.core.targets import Mode
 from interlock.wire.engine_messages import Sampling, TokenLogprobs
 from interlock.wire.fleet_messages import Load
 

@@ -55,6 +55,8 @@ REFUSALS = {
     Admission.MEMBER_BEHIND: ("not_running", "that epoch was not heard here yet, {epoch} is the highest"),
     Admission.NOT_RUNNING: ("not_running", "this engine is {state} at epoch {epoch}"),
 }
+DETAIL_CHARS_MAX = 512
+"""Of an engine's own words: some exceptions quote their whole input, and a frame must stay one that is taken."""
 
 
 class Stream(msgspec.Struct):
@@ -117,17 +119,16 @@ class Desk:
     async def serve(self, channel: Channel) -> None:
         """One connection of one front, until it ends. Raises what `Channel.messages` raises."""
         front = self._fronts.setdefault(channel.peer.name, Front(channel.peer.name))
-        if front.channel is not None:
-            await front.channel.close()  # the newer connection is the one that counts
+        older, front.channel, front.resumed = front.channel, channel, False
+        if older is not None:
+            await older.close()  # the newest connection is the one that counts
         if front.expiry is not None:
             front.expiry.cancel()
-        if channel.peer.incarnation != front.incarnation:
-            front.incarnation = channel.peer.incarnation
-            front.forgotten.clear()  # a new life may use its request names again
-        front.channel, front.resumed = channel, False
         sender = asyncio.create_task(self._send_all(front, channel))
         try:
             async for received in channel.messages():
+                if front.channel is not channel:  # replaced, perhaps while the older one was closing
+                    break
                 await self._hear(front, channel, received.body)
         finally:
             sender.cancel()
@@ -179,6 +180,9 @@ class Desk:
             else:
                 stream.sent = min(cursor.start, len(stream.tokens))
                 stream.end_sent = False
+        if channel.peer.incarnation != front.incarnation:
+            front.incarnation = channel.peer.incarnation
+            front.forgotten.clear()  # a new life may use its request names again
         front.resumed = True
         for cursor in cursors:
             if cursor.request not in front.streams:
@@ -207,7 +211,7 @@ class Desk:
 
     async def _refuse(self, channel: Channel, what: Dispatch | Cursor, code: str, message: str) -> None:
         _, epoch, _ = self._judge(Epoch())
-        await channel.send(Refused(what.request, what.attempt, code, message, epoch))
+        await channel.send(Refused(what.request, what.attempt, code, message[:DETAIL_CHARS_MAX], epoch))
 
     # --- what the engine makes -----------------------------------------------------------------------------------
 
@@ -277,10 +281,14 @@ class Desk:
             while True:
                 await front.dirty.wait()
                 front.dirty.clear()
-                while front.resumed and (deltas := _collect(front)):
+                # What is collected counts as sent: a connection that was replaced must not take it along.
+                while front.channel is channel and front.resumed and (deltas := _collect(front)):
                     await channel.send(Tokens(deltas))
         except ChannelClosed:
             return  # what is here goes out on the next connection
+        except Exception:  # a defect of ours: the front must not wait for words that nobody sends
+            _log.exception("tokens for %s could not be sent; its connection is closed", channel.peer)
+            await channel.close()
 
     async def _expire(self, front: Front) -> None:
         """The front is away. If it stays away for the grace, nobody waits for what it asked."""
@@ -317,7 +325,7 @@ def _collect(front: Front) -> list[Delta]:
                 stream.logprobs[start:stop],
                 finish,
                 stream.cached_tokens,
-                stream.detail if finish else "",
+                stream.detail[:DETAIL_CHARS_MAX] if finish else "",
             )
         )
         room -= stop - start

@@ -12,7 +12,7 @@ import logging
 import random
 from collections.abc import Callable
 
-from interlock.core import lifecycle
+from interlock.core import lifecycle, targets
 from interlock.core.errors import InterlockError, ProtocolError, StaleError
 from interlock.core.identity import Epoch
 from interlock.core.lifecycle import (
@@ -22,10 +22,7 @@ from interlock.core.lifecycle import (
     Leave,
     MemberEvent,
     MemberState,
-    Mode,
     Report,
-    State,
-    Step,
     StepFailed,
     StepFinished,
     TargetHeard,
@@ -36,6 +33,7 @@ from interlock.core.limits import (
     RECONNECT_SECONDS_MAX,
     RECONNECT_SECONDS_MIN,
 )
+from interlock.core.targets import Mode, State, Step
 from interlock.engines.base import Engine, EngineGone
 from interlock.host.base import Host
 from interlock.wire import fleet_messages as wire
@@ -70,6 +68,7 @@ class Member:
         """The engine has started, with the weights of `version`: join the fleet."""
         self._apply(StepFinished(self.state.attempt, version))
         self._link = asyncio.create_task(self._keep_connected(), name="coordinator link")
+        self._link.add_done_callback(self._on_end)
 
     async def close(self) -> None:
         """Says what we are for the last time, if anybody listens, and stops listening."""
@@ -109,6 +108,13 @@ class Member:
         if self._step is not None and self._step is not asyncio.current_task():
             self._step.cancel()  # core replaces a step by another only where the engine allows it: a stricter pause
         self._step = asyncio.create_task(self._take(begin), name=f"step {begin.step}")
+        self._step.add_done_callback(self._on_end)
+
+    def _on_end(self, task: asyncio.Task[None]) -> None:
+        """A defect of ours: better a new life of this engine than one that nobody hears or that stands half way."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("%s failed", task.get_name(), exc_info=error)
+            self._leave(f"{task.get_name()} failed: {type(error).__name__}: {error}", False)
 
     async def _take(self, begin: Begin) -> None:
         try:
@@ -173,7 +179,8 @@ class Member:
 
     async def _converse(self, channel: Channel) -> None:
         self._channel = channel
-        reporter = asyncio.create_task(self._report(channel))
+        reporter = asyncio.create_task(self._report(channel), name="reports")
+        reporter.add_done_callback(self._on_end)
         try:
             async for received in channel.messages():
                 if isinstance(received.body, wire.Target):
@@ -213,15 +220,15 @@ class Member:
         )
 
 
-def _heard(told: wire.Target) -> lifecycle.Target:
+def _heard(told: wire.Target) -> targets.Target:
     """Raises `ValueError` for words that are no state, no mode, or no state that can be a target."""
     state = State(told.state)
-    if state not in lifecycle.TARGETS:
+    if state not in targets.TARGETS:
         raise ValueError(f"{state} cannot be a target")
-    holds = tuple(lifecycle.Hold(h.owner, Mode(h.mode), h.deadline_s) for h in told.holds)
-    return lifecycle.Target(told.epoch, state, Mode(told.mode), told.version, holds)
+    holds = tuple(targets.Hold(h.owner, Mode(h.mode), h.deadline_s) for h in told.holds)
+    return targets.Target(told.epoch, state, Mode(told.mode), told.version, holds)
 
 
-def _told(target: lifecycle.Target) -> wire.Target:
+def _told(target: targets.Target) -> wire.Target:
     holds = [wire.Hold(h.owner, h.mode.value, h.deadline_s) for h in target.holds]
     return wire.Target(target.epoch, target.state.value, target.mode.value, target.version, holds)

@@ -19,7 +19,7 @@ from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any
 
-from interlock.core.lifecycle import Mode
+from interlock.core.targets import Mode
 from interlock.engines.base import Capabilities, EngineGone, EngineStartError, Progress, RequestRejected, Work
 from interlock.engines.vllm_failures import explain_failure, first_line
 from interlock.engines.vllm_setup import VllmConfig, engine_arguments, prepare_environment

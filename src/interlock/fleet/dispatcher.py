@@ -294,6 +294,7 @@ class Dispatcher:
             for life, link in list(self._links.items()):
                 if link.silent:
                     self._suspect(life)
+                await link.resume_if_due()
             self._judge_members()
             if self._requests.waiting:
                 self._requests.wake.set()

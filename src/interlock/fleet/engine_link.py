@@ -73,6 +73,7 @@ class EngineLink:
         self._quiet = asyncio.Event()
         self._quiet.set()
         self._resumed_s = 0.0
+        self._resume_due = False
         self._closed = False
         self._closings: set[asyncio.Future[None]] = set()
         self._task = asyncio.create_task(self._run(), name=f"link to {life}")
@@ -108,9 +109,14 @@ class EngineLink:
 
     async def resume(self) -> None:
         """Ask for all wanted streams again from where they stand: tokens were missing. Once in a while is enough."""
+        self._resume_due = True
+        await self.resume_if_due()
+
+    async def resume_if_due(self) -> None:
+        """To be called now and then: what was missing may have been the last that the engine had to say."""
         now = self._host.clock.monotonic_s()
-        if now - self._resumed_s >= REFUSED_SECONDS:
-            self._resumed_s = now
+        if self._resume_due and now - self._resumed_s >= REFUSED_SECONDS:
+            self._resume_due, self._resumed_s = False, now
             await self.send(Resume(self._owner.wanted(self.life)))
 
     async def close(self) -> None:
@@ -152,8 +158,8 @@ class EngineLink:
             except StaleError as error:
                 self._owner.on_stale(error)
                 return
-            except (OSError, TimeoutError, InterlockError) as error:
-                self.last_error = str(error)
+            except (OSError, TimeoutError, ValueError, InterlockError) as error:
+                self.last_error = str(error)  # ValueError: its address, which it told itself, is none
                 self._owner.on_unreachable(self)
             if self.closed:
                 return
@@ -182,7 +188,7 @@ class EngineLink:
         self._quiet.clear()
         self._watch_exit(channel)
         self._channel = channel
-        self._resumed_s = self._host.clock.monotonic_s()
+        self._resume_due, self._resumed_s = False, self._host.clock.monotonic_s()
         await channel.send(Resume(self._owner.wanted(self.life)))
         self._owner.on_up()
         async for received in channel.messages():

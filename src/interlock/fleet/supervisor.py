@@ -20,13 +20,13 @@ from typing import Any
 import msgspec
 
 from interlock.core.errors import InterlockError
-from interlock.core.lifecycle import State
 from interlock.core.limits import (
     CHILD_GRACE_SECONDS,
     ENGINE_RESTARTS_PER_MINUTE_MAX,
     ENGINE_START_SECONDS_MAX,
     PART_START_SECONDS_MAX,
 )
+from interlock.core.targets import State
 from interlock.fleet.client import FleetClient
 from interlock.fleet.launchers.local import LocalLauncher, Part
 from interlock.host.base import Child, Host
@@ -76,6 +76,8 @@ class _Kept:
         self.child: Child | None = None
         self.starts: deque[float] = deque(maxlen=ENGINE_RESTARTS_PER_MINUTE_MAX)
         self.stopped = False
+        self.up = False
+        """It was seen to be up since the fleet began to start."""
         self.task: asyncio.Task[None] | None = None
 
 
@@ -128,6 +130,7 @@ class Supervisor:
     async def _start(self) -> None:
         for kept in self._kept.values():
             kept.task = asyncio.create_task(self._keep(kept), name=f"keep {kept.part.name}")
+            kept.task.add_done_callback(self._on_end)
         plan = self._plan
         self._say("starting " + ", ".join(self._kept))
         waits = [self._up(plan.coordinator.name, self._coordinator_answers, PART_START_SECONDS_MAX)]
@@ -164,6 +167,7 @@ class Supervisor:
                     f"{name} was not up after {seconds_max:.0f} s: {self._launcher.last_words(name)}"
                 )
             await self._host.clock.sleep_s(PROBE_SECONDS)
+        self._kept[name].up = True
         self._say(f"  {name:<12} up after {self._host.clock.monotonic_s() - begun_s:5.1f} s")
 
     async def _coordinator_answers(self) -> bool:
@@ -244,12 +248,21 @@ class Supervisor:
                     await self._engine_stopped(kept)
                     return
             if not self._ready:
-                return  # `_up` says so, with its last words
+                if kept.up:  # else `_up` says so, with its last words
+                    words = self._launcher.last_words(part.name)
+                    self.leave(f"{part.name} died while the fleet was starting ({_how(status)}): {words}", 1)
+                return
             pause_s = self._pause_s(kept)
             again = f"in {pause_s:.0f} s" if pause_s else "now"
             self._say(f"{part.name} died ({_how(status)}); it is started again {again}")
             _log.info("%s: %s", part.name, self._launcher.last_words(part.name))
             await clock.sleep_s(pause_s)
+
+    def _on_end(self, task: asyncio.Task[None]) -> None:
+        """A defect of ours: a part that nobody starts again must not be missing in silence."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("%s failed", task.get_name(), exc_info=error)
+            self.leave(f"the supervisor failed at `{task.get_name()}`: {type(error).__name__}: {error}", 1)
 
     def _pause_s(self, kept: _Kept) -> float:
         """So many starts a minute at most; a part that dies at every start must not take the machine."""

@@ -12,13 +12,20 @@ they are delivered again; every one of them may be repeated (core/joins, core/se
 from __future__ import annotations
 
 import logging
+import os
 from collections import deque
 from collections.abc import Callable
 
 import msgspec
 
 from interlock.core import limits
-from interlock.core.errors import ChannelFault, InterlockError, RemoteProtocolError, StaleError
+from interlock.core.errors import (
+    ChannelFault,
+    InterlockError,
+    LocalProtocolError,
+    RemoteProtocolError,
+    StaleError,
+)
 from interlock.host.threads import Condition, Thread, monotonic_s, start_thread
 from interlock.store.mapping import MappedSlab
 from interlock.wire.blocking import BlockingChannel
@@ -135,17 +142,27 @@ class Keeper:
 
     def _run(self) -> None:
         while not self._closing:
-            link = self._link
-            if link is None:
-                if not self._connect():
-                    self._wait(limits.BREAKER_PROBE_SECONDS)
-            elif not self._deliver(link):
-                self._wait(limits.HEARTBEAT_SECONDS)
-                if self._link is link and not self._promises and not self._closing:
-                    self._ask(link, Match([]))
+            try:
+                self._turn()
+            except Exception:  # of ours: without this thread no promise would ever be delivered again
+                _log.exception("%s: the keeper of the store's link failed and goes on", self._me.name)
+                self._count("keeper_error")
+                self._pause()
         deadline_s = monotonic_s() + limits.REPORT_RETRY_SECONDS
         while (link := self._link) is not None and self._deliver(link) and monotonic_s() < deadline_s:
             pass
+        if link is not None:  # `close` may have waited no longer
+            self.broken(link, InterlockError("closed"))
+
+    def _turn(self) -> None:
+        link = self._link
+        if link is None:
+            if not self._connect():
+                self._wait(limits.BREAKER_PROBE_SECONDS)
+        elif not self._deliver(link):
+            self._wait(limits.HEARTBEAT_SECONDS)
+            if self._link is link and not self._promises and not self._closing:
+                self._ask(link, Match([]))
 
     def _wait(self, timeout_s: float) -> None:
         """Until there is something to do, or `timeout_s` passed."""
@@ -211,11 +228,13 @@ class Keeper:
         )
 
     def _map(self, channel: BlockingChannel, attached: Attached) -> MappedSlab | None:
-        fds = channel.take_fds()
-        if self._attach.rank is None:
+        fds, wanted = channel.take_fds(), int(self._attach.rank is not None)
+        if len(fds) != wanted:
+            for fd in fds:
+                os.close(fd)
+            raise ValueError(f"the store sent {len(fds)} descriptors with its slab, not {wanted}")
+        if not fds:
             return None
-        if len(fds) != 1:
-            raise ValueError(f"the store sent {len(fds)} descriptors with its slab, not one")
         return MappedSlab(
             fds[0],
             slab=attached.slab,
@@ -259,6 +278,10 @@ class Keeper:
         except TimeoutError:
             self._count(f"{word}_timeout")
             return False, False
+        except LocalProtocolError as error:  # fits into no frame, now or later; its slots wait for our exit
+            _log.error("%s: %s", self._me.name, error)
+            self._count(f"{word}_dropped_unsayable")
+            return True, True
         except (InterlockError, OSError) as error:
             self.broken(link, error)
             return False, False

@@ -10,8 +10,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from interlock.core.lifecycle import State
 from interlock.core.limits import RETRY_AFTER_SECONDS
+from interlock.core.targets import State
 from interlock.web.admin import AdminEndpoint
 from interlock.web.answers import encoder
 from interlock.web.endpoints import chat_endpoint, check_use, completions_endpoint

@@ -8,7 +8,6 @@ from contextlib import aclosing
 
 import msgspec
 
-from interlock.core.errors import InterlockError
 from interlock.fleet.generation import Generation, RequestFailed
 from interlock.fleet.ledger import GenerationRequest
 from interlock.text.stream import TextStream
@@ -135,7 +134,7 @@ class Choices:
 
 async def merge(choices: Sequence[Choice]) -> AsyncGenerator[Piece, None]:
     """Raises the first failure of any; the others are then left to `Choices.close`."""
-    queue: asyncio.Queue[Piece | InterlockError | None] = asyncio.Queue(maxsize=len(choices))
+    queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue(maxsize=len(choices))
 
     async def pump(choice: Choice) -> None:
         try:
@@ -143,7 +142,7 @@ async def merge(choices: Sequence[Choice]) -> AsyncGenerator[Piece, None]:
                 async for piece in pieces:
                     await queue.put(piece)
             await queue.put(None)
-        except InterlockError as error:
+        except Exception as error:  # of ours, too: nobody must wait for a choice that is made no more
             await queue.put(error)
 
     tasks = [asyncio.create_task(pump(choice)) for choice in choices]
@@ -151,7 +150,7 @@ async def merge(choices: Sequence[Choice]) -> AsyncGenerator[Piece, None]:
         running = len(tasks)
         while running:
             got = await queue.get()
-            if isinstance(got, InterlockError):
+            if isinstance(got, Exception):
                 raise got
             if got is None:
                 running -= 1

@@ -56,7 +56,7 @@ async def connect_channel(
                     peer = await _greet(stream, address, me, role, token)
                     if peer is not None:
                         _refuse_old(peer, known)
-                        return Channel(host, stream, Conversation(me, peer, accept, known), "")
+                        return Channel(host, stream, Conversation(me, peer, accept, known), "", leased=True)
                 except BaseException:
                     stream.close()
                     raise

@@ -26,7 +26,7 @@ class Conversation:
     """`incarnation` is that of the Hello or Welcome: it stays, whatever becomes of `me`."""
 
     def __init__(self, me: Identity, peer: Identity, accept: Any, known: KnownPeers | None) -> None:
-        self.peer = peer
+        self.peer, self._me = peer, me
         self._name, self._incarnation = me.name, me.incarnation
         self._bodies = channel_bodies(accept)
         self._known = known
@@ -66,6 +66,7 @@ class Conversation:
         except InvalidBody as error:
             return envelope, Invalid(str(error))
         if isinstance(body, Rejected):
+            self._me.outlived(body.highest)
             raise StaleError(
                 f"{self.peer} says: {body.reason}", highest=body.highest, hint="stop this process"
             )

@@ -35,6 +35,7 @@ from interlock.core.limits import (
     INBOX_MESSAGES_MAX,
     OUTBOX_BYTES_MAX,
     OUTBOX_MESSAGES_MAX,
+    SILENCE_SECONDS_MAX,
 )
 from interlock.host.base import Host, Stream, Watch
 from interlock.wire.conversation import Conversation, Invalid, OvertakenError
@@ -70,7 +71,10 @@ class _Outgoing(msgspec.Struct):
 class Channel:
     """Made by `connect_channel` and `serve_channels` (wire/channel.py), with both sides greeted."""
 
-    def __init__(self, host: Host, stream: Stream, talk: Conversation, peer_role: str) -> None:
+    def __init__(
+        self, host: Host, stream: Stream, talk: Conversation, peer_role: str, *, leased: bool = False
+    ) -> None:
+        self._leased = leased
         self._clock, self._stream, self._talk = host.clock, stream, talk
         self._peer_role = peer_role
         self._peer_process = stream.watch_peer()
@@ -250,9 +254,19 @@ class Channel:
         self._in_flight = []
 
     async def _beat(self) -> None:
-        """One Ping waits for its answer at most: a blocking peer reads seldom, and must not find a thousand of them."""
+        """One Ping waits for its answer at most: a blocking peer reads seldom, and must not find a thousand of them.
+
+        A leased channel ends when the peer, which has a loop, answers none for SILENCE_SECONDS_MAX: it may be half-open, and
+        nobody would ever tell us. Beats are counted, not seconds: while we were frozen ourselves, nothing was unanswered.
+        """
+        unanswered = 0
         while True:
             await self._clock.sleep_s(HEARTBEAT_SECONDS)
+            ours = len(self._inbox) >= INBOX_MESSAGES_MAX  # then it is we who do not read
+            unanswered = unanswered + 1 if self._ping_waits and not ours else 0
+            if self._leased and unanswered * HEARTBEAT_SECONDS >= SILENCE_SECONDS_MAX:
+                self._shut(ChannelClosed(f"{self.peer} was not heard for {SILENCE_SECONDS_MAX} s"))
+                return
             if self._clock.monotonic_s() - self._sent_s >= HEARTBEAT_SECONDS / 2 and not self._ping_waits:
                 self._ping_waits = True
                 self._post(Ping())

@@ -6,6 +6,7 @@ who is refused later has a newer life somewhere and stops.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import OrderedDict
 from pathlib import Path
@@ -67,6 +68,9 @@ class Identity:
             hint="stop this process",
         )
 
+    def outlived(self, highest: int) -> None:
+        """A peer knows the newer life `highest` of this name, so this one ends. Who has a next life keeps that for it."""
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Identity) and (self.name, self.incarnation) == (
             other.name,
@@ -83,6 +87,8 @@ class Identity:
 class _Stored(msgspec.Struct, frozen=True):
     name: str
     incarnation: int
+    above: int = 0
+    """A life that a peer knew when it refused this one: the next begins above it, whatever the clock says by then."""
 
 
 class DurableIdentity(Identity):
@@ -97,11 +103,18 @@ class DurableIdentity(Identity):
 
     def raise_above(self, highest: int, by: str) -> None:
         if self._accepted:
+            self.outlived(highest)
             super().raise_above(highest, by)
         self._incarnation = next_incarnation(
             stored=self._incarnation, wall_ns=self._clock.wall_ns(), refused=highest
         )
         self.store()
+
+    def outlived(self, highest: int) -> None:
+        """Else a name whose state was lost and whose clock stepped back would begin lives below the known one for ever."""
+        stored = _Stored(self._name, self._incarnation, above=highest)
+        with contextlib.suppress(OSError):  # then the next life is refused once more
+            self._files.write_durably(self._path, msgspec.json.encode(stored))
 
 
 class MachineState(Protocol):
@@ -134,7 +147,7 @@ def load_identity(host: MachineState, state_dir: Path, name: str) -> DurableIden
                 f"{path} belongs to {found.name}, not to {name}",
                 hint="give each process a state directory of its own",
             )
-        stored = found.incarnation
+        stored = max(found.incarnation, found.above)
     identity = DurableIdentity(
         name, next_incarnation(stored=stored, wall_ns=host.clock.wall_ns()), host.files, path, host.clock
     )

@@ -11,7 +11,6 @@ from interlock.checking.explorer import Broken, World
 from interlock.checking.gallery import Exhibit
 from interlock.core import roster
 from interlock.core.identity import Epoch
-from interlock.core.lifecycle import State as Life
 from interlock.core.roster import (
     Changed,
     Gone,
@@ -22,6 +21,7 @@ from interlock.core.roster import (
     Sight,
     Silent,
 )
+from interlock.core.targets import State as Life
 
 State = tuple[MemberRecord | None, bool, int]
 """What the server records of the worker, whether the worker lives, how often it may still seem silent."""

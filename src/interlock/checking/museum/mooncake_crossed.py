@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from interlock.checking.gallery import Exhibit
-from interlock.checking.museum.mooncake_rules import Outcome, heard, is_awaited, other, replied, set_up
+from interlock.checking.museum.mooncake_rules import (
+    Calls,
+    Outcome,
+    heard,
+    is_awaited,
+    other,
+    replied,
+    set_up,
+)
 from interlock.checking.worlds.endpoints import Endpoints
 from interlock.core.endpoint_events import Accept, Event, Open
 from interlock.core.endpoint_state import Endpoint, Phase
@@ -31,7 +39,7 @@ EXHIBIT = Exhibit(
     public="kvcache-ai/Mooncake #1733 as merged",
     rule="where the reply's list differs from the one held, the queue pairs are made anew and connected to the reply's, though "
     "the peer was told the old ones",
-    broken=lambda: Endpoints(crashes=(0, 1), transition=as_it_was),
+    broken=lambda: Calls(crashes=(0, 1), transition=as_it_was),
     mended=lambda: Endpoints(crashes=(0, 1)),
-    story_steps=8,
+    story_steps=6,
 )

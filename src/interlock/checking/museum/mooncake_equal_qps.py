@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from interlock.checking.gallery import Exhibit
-from interlock.checking.museum.mooncake_rules import Outcome, heard, is_awaited, other, replied, set_up
+from interlock.checking.museum.mooncake_rules import (
+    Calls,
+    Outcome,
+    heard,
+    is_awaited,
+    other,
+    replied,
+    set_up,
+)
 from interlock.checking.worlds.endpoints import Endpoints
 from interlock.core.endpoint_events import Accept, Event, Open
 from interlock.core.endpoint_state import Endpoint, Phase
@@ -30,7 +38,7 @@ EXHIBIT = Exhibit(
     protocol="endpoints",
     public="kvcache-ai/Mooncake #1733 (session ids were considered there, and left out)",
     rule="a restarted peer is recognised by its list of queue pair numbers being another",
-    broken=lambda: Endpoints(crashes=(0, 1), transition=as_it_was),
+    broken=lambda: Calls(crashes=(0, 1), transition=as_it_was),
     mended=lambda: Endpoints(crashes=(0, 1)),
     story_steps=6,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from interlock.checking.gallery import Exhibit
-from interlock.checking.museum.mooncake_rules import Outcome, heard, other, replied, set_up
+from interlock.checking.museum.mooncake_rules import Calls, Outcome, heard, other, replied, set_up
 from interlock.checking.worlds.endpoints import Endpoints
 from interlock.core.endpoint_events import Accept, Event, Open
 from interlock.core.endpoint_state import Endpoint, Phase
@@ -28,7 +28,7 @@ EXHIBIT = Exhibit(
     protocol="endpoints",
     public="kvcache-ai/Mooncake after #2588 and #3584 (none of them orders requests)",
     rule="a request with another list than the one held retires the connection, whichever of the two is older",
-    broken=lambda: Endpoints(reopens=(0, 1), transition=as_it_was),
+    broken=lambda: Calls(reopens=(0, 1), transition=as_it_was),
     mended=lambda: Endpoints(reopens=(0, 1)),
-    story_steps=7,
+    story_steps=6,
 )

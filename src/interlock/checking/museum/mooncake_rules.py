@@ -8,12 +8,32 @@ from __future__ import annotations
 
 import msgspec
 
+from interlock.checking.explorer import Broken
+from interlock.checking.worlds.endpoints import Endpoints, State
 from interlock.core.endpoint_events import Accept, Connect, Effects, Event, Open, Retire, Send, Tick
 from interlock.core.endpoint_state import Endpoint, Lane, Phase, Stamp
 
 Outcome = tuple[Endpoint, Effects]
 UNCONNECTED, CONNECTING, CONNECTED = Phase.IDLE, Phase.CONNECTING, Phase.CONNECTED
 _LANES = (Lane("tcp", "a"),)
+
+
+class Calls(Endpoints):
+    """Requests and replies are calls: each arrives once, in the life it was sent to. Two connected sides are judged when neither
+    waits for a reply, which might yet mend it."""
+
+    def _deliver(self, state: State, at: int, bit: int) -> State | Broken:
+        cores, sent, left = state
+        return super()._deliver((cores, sent & ~bit, left), at, bit)
+
+    def _crash(self, state: State, process: int) -> State:
+        cores, sent, left = super()._crash(state, process)
+        for at, (owner, _) in enumerate(self.pairs):
+            sent &= ~self._into[at] if owner == process else -1
+        return cores, sent, left
+
+    def _judge(self, one: Endpoint, two: Endpoint) -> str | None:
+        return None if one.is_wanted or two.is_wanted else super()._judge(one, two)
 
 
 def call(endpoint: Endpoint) -> Outcome:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from interlock.checking.gallery import Exhibit
 from interlock.checking.museum.mooncake_rules import (
+    Calls,
     Outcome,
     heard,
     is_awaited,
@@ -39,7 +40,7 @@ EXHIBIT = Exhibit(
     protocol="endpoints",
     public="kvcache-ai/Mooncake #3584",
     rule="a waiter that timed out resets the endpoint; the reply to the attempt before is taken for its own",
-    broken=lambda: Endpoints(timers=1, transition=as_it_was),
+    broken=lambda: Calls(timers=1, transition=as_it_was),
     mended=lambda: Endpoints(timers=1),
     story_steps=4,
 )

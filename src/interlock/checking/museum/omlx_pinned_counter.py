@@ -13,8 +13,8 @@ EXHIBIT = Exhibit(
     rule="cancellation is a count per request id, decremented when the writer meets the item; emptying the queue decrements "
     "nothing, and a wait that timed out clears nothing",
     broken=lambda: BoundaryStore(
-        ids=2, lives=2, by_identity=True, time_outs=2, erase_alls=1, looks_for="vanished"
+        ids=2, lives=3, by_identity=True, time_outs=2, erase_alls=1, looks_for="vanished"
     ),
-    mended=lambda: Snapshots(lives=(2, 1), erase_alls=1),
-    story_steps=9,
+    mended=lambda: Snapshots(lives=(3,), erase_alls=1, promotes=False),
+    story_steps=10,
 )

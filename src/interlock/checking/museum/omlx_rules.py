@@ -147,7 +147,10 @@ class BoundaryStore(World[State]):
         """mkdir and rename, by name; with the counter, a rename that came too late is taken back."""
         assert state.hand is not None
         rid, life, _ = state.hand
-        after = state._replace(hand=None, pending=_with(state.pending, rid, NONE))
+        is_mine = not self.by_identity or state.pending[rid] == life
+        after = state._replace(
+            hand=None, pending=_with(state.pending, rid, NONE) if is_mine else state.pending
+        )
         if state.cancelled[rid]:
             return after._replace(
                 cancelled=_with(state.cancelled, rid, state.cancelled[rid] - 1),

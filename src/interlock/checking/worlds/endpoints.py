@@ -28,6 +28,7 @@ from interlock.core.endpoint_events import (
     Event,
     LaneFailed,
     LaneReady,
+    Message,
     Open,
     Reject,
     Released,
@@ -35,10 +36,11 @@ from interlock.core.endpoint_events import (
     Send,
     Tick,
 )
-from interlock.core.endpoint_state import NOBODY, Endpoint, Offer, Phase
+from interlock.core.endpoint_state import NOBODY, Endpoint, Offer, Phase, Stamp
 from interlock.core.errors import ProtocolError
 from interlock.core.limits import LANE_PATIENCE_SECONDS
 
+OLDEST = Stamp(1, 1)
 NEVER = 1e9
 """Later than every deadline."""
 State = tuple[Any, ...]
@@ -66,7 +68,9 @@ class Endpoints(World[State]):
         undialable: str = "",
         kinds: Sequence[str] = ("tcp",),
         transition: Transition = endpoints.transition,
+        is_reduced: bool = True,
     ) -> None:
+        self.is_reduced = is_reduced
         self.names = "abcdefgh"[:processes]
         self.undialable = undialable
         self.pairs = list(permutations(range(processes), 2))
@@ -109,6 +113,10 @@ class Endpoints(World[State]):
     # --- what may happen -----------------------------------------------------------------------------------------
 
     def steps(self, state: State) -> Iterable[tuple[Any, State | Broken]]:
+        for action, after in self._steps(state):
+            yield action, after if isinstance(after, Broken) or not self.is_reduced else self._reduced(after)
+
+    def _steps(self, state: State) -> Iterable[tuple[Any, State | Broken]]:
         cores, sent, left = state
         for at, number in enumerate(cores):
             yield from self._act(state, at, self.machine[number])
@@ -124,9 +132,6 @@ class Endpoints(World[State]):
         phase = endpoint.phase
         if phase is Phase.IDLE:
             yield ("open", at), self._tell(state, at, "open", (Connect(),))
-            return
-        if phase is Phase.RETIRING:
-            yield ("released", at), self._tell(state, at, "released", (Released(),))
             return
         if left[self.timers_at]:
             yield (
@@ -204,21 +209,26 @@ class Endpoints(World[State]):
                 number, effects = self.machine.step(number, event)
                 for effect in effects:
                     if isinstance(effect, Send):
-                        posted |= self._bit(self.back[at], effect.message)
+                        posted |= self._bit(self.back[at], self._without_highest(effect.message))
         except (AssertionError, ProtocolError) as error:
             return Broken(f"{before.name} raised {type(error).__name__}: {error}")
         after: Endpoint = self.machine[number]
-        if after.phase is Phase.CONNECTED and before.phase is not Phase.CONNECTED:
-            return self._made_connected(number, at, posted)
         if after.stamp < before.stamp or (after.stamp == before.stamp and before.chosen and not after.chosen):
             return Broken(f"{before.name} went back from its endpoint {before.stamp} to {after.stamp}")
-        timeless = msgspec.structs.replace(after, expires_s=None, choose_s=None)
-        return self.machine.number(timeless), posted
+        number = self.machine.number(msgspec.structs.replace(after, expires_s=None, choose_s=None))
+        if after.phase is Phase.RETIRING:
+            at_once = self._make(number, at, (Released(),))
+        elif after.phase is Phase.CONNECTED and before.phase is not Phase.CONNECTED:
+            at_once = self._make(number, at, BEAT)
+        else:
+            return number, posted
+        return at_once if isinstance(at_once, Broken) else (at_once[0], at_once[1] | posted)
 
-    def _made_connected(self, number: int, at: int, posted: int) -> tuple[int, int] | Broken:
-        """What is connected sends heartbeats, all alike; the first may as well be sent at once, for it may arrive at any time."""
-        made = self._make(number, at, BEAT)
-        return made if isinstance(made, Broken) else (made[0], made[1] | posted)
+    def _without_highest(self, message: Message) -> Message:
+        """Here nobody can know a later life of the receiver than the one it has, so `highest` changes nothing."""
+        if not isinstance(message, Reject):
+            return message
+        return msgspec.structs.replace(message, highest=NOBODY)
 
     def _bit(self, at: int, event: Event) -> int:
         bit = self.mail.bit((at, event))
@@ -230,9 +240,9 @@ class Endpoints(World[State]):
 
     # --- what is alike -------------------------------------------------------------------------------------------
 
-    def canonical(self, state: State) -> State:
-        """Messages that can change nothing any more are dropped, and of those that can only teach their receiver how far their
-        sender is (and be answered with the like) one is kept in the place of all."""
+    def _reduced(self, state: State) -> State:
+        """Messages that can change nothing any more are dropped. Of those that can only teach their receiver how far their sender
+        is one is kept in the place of all, and those that would only be answered with the like are answered at once."""
         cores, sent, left = state
         for at, (process, _) in enumerate(self.pairs):
             mine = sent & self._into[at]
@@ -241,7 +251,15 @@ class Endpoints(World[State]):
                 kept = self._kept.get(key)
                 if kept is None:
                     kept = self._kept[key] = self._keep(at, *key)
-                sent ^= mine ^ kept
+                sent = (sent ^ mine) | kept
+        for at, (process, _) in enumerate(self.pairs):  # Again: what was answered at once may be dead.
+            mine = sent & self._into[at]
+            if mine:
+                key = (cores[at], cores[self.back[at]], mine, bool(left[process]))
+                kept = self._kept.get(key)
+                if kept is None:
+                    kept = self._kept[key] = self._keep(at, *key)
+                sent = (sent ^ mine) | kept
         return cores, sent, left
 
     def _keep(self, at: int, number: int, peer_number: int, mine: int, may_crash: bool) -> int:
@@ -258,6 +276,13 @@ class Endpoints(World[State]):
             is_old = event.me < endpoint.known and event.me.incarnation == endpoint.known.incarnation
             if is_old and not may_crash:
                 continue
+            if event.me.incarnation < endpoint.known.incarnation and not may_crash:
+                # Not listened to; its sender is told, which is of another life now.
+                kept |= self._bit(at, Accept(event.sender, OLDEST, NOBODY, self.offers))
+                kept |= self._bit(
+                    self.back[at], Reject(endpoint.name, endpoint.stamp, NOBODY, NOBODY, NOBODY)
+                )
+                continue
             if isinstance(event, Reject):
                 if event.me <= endpoint.known and event.echo < endpoint.stamp and not may_crash:
                     continue
@@ -270,6 +295,10 @@ class Endpoints(World[State]):
             else:
                 is_hint = event.me < peer.stamp and (is_old or event.echo < endpoint.stamp)
                 hint = Accept(event.sender, event.me, NOBODY, self.offers)
+                if is_hint and event.me == endpoint.known:
+                    kept |= self._bit(
+                        self.back[at], Reject(endpoint.name, endpoint.stamp, NOBODY, NOBODY, NOBODY)
+                    )
             kept |= self._bit(at, hint) if is_hint else bit
         return kept
 
@@ -334,7 +363,6 @@ class Endpoints(World[State]):
             me, peer = (self.names[number] for number in self.pairs[at])
             said = {
                 "open": f"{me} opens to {peer}",
-                "released": f"{me} has destroyed the lanes of its retired endpoint",
                 "deadline": f"{me}'s time for {peer} is over",
                 "retire": f"{me} retires its endpoint to {peer}",
                 "patience": f"{me} waits for no more lanes",

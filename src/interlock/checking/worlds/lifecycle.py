@@ -13,7 +13,7 @@ from interlock.checking.explorer import World
 from interlock.checking.lifecycle_world import Lifecycle, Restarts
 from interlock.core import commands
 from interlock.core.fleet_state import Commanded
-from interlock.core.lifecycle import BEGUN, FINISHED, PATH, TARGETS, Command, Mode, State, Step
+from interlock.core.targets import BEGUN, FINISHED, PATH, TARGETS, Command, Mode, State, Step
 
 A_PAUSES = Commanded(Command.PAUSE, "a")
 B_ABORTS = Commanded(Command.PAUSE, "b", mode=Mode.ABORT)

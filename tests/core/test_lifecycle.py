@@ -14,17 +14,14 @@ from interlock.core.lifecycle import (
     Leave,
     MemberEffect,
     MemberState,
-    Mode,
     Report,
-    State,
-    Step,
     StepFailed,
     StepFinished,
-    Target,
     TargetHeard,
     admission,
     transition,
 )
+from interlock.core.targets import Mode, State, Step, Target
 
 VERSIONS = ("v1", "v2")
 
