@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from interlock.checking.explorer import explore
+from interlock.checking.scope_model import Local
 from interlock.checking.worlds.snapshots import Snapshots
 from interlock.core.snapshot_events import CloseDirectory, Loaded, LoadRead, Missed
 from interlock.core.snapshot_state import Phase, Scope
@@ -61,6 +62,17 @@ def test_every_fault_of_the_budget_adds_states(fault: str) -> None:
     assert result.violation is None
     assert result.exhausted
     assert result.states > explore(Snapshots(lives=(2,))).states
+
+
+@pytest.mark.parametrize("fault", ["failed_writes", "failed_calls", "crashes", "erase_alls"])
+def test_the_reduced_world_sees_every_state_of_the_scope_that_the_whole_world_has(fault: str) -> None:
+    seen = []
+    for is_reduced in (True, False):
+        world = Snapshots(lives=(2,), is_reduced=is_reduced, **{fault: 1})
+        result = explore(world)
+        assert result.violation is None
+        seen.append({world.machine[local.core] for local in world._parts if isinstance(local, Local)})
+    assert seen[0] == seen[1]
 
 
 def test_two_scopes_side_by_side_are_each_as_free_as_alone() -> None:

@@ -340,6 +340,21 @@ class ScopeModel:
             return Broken(f"a load of {self.name} in life {local.life} of its id returns life {content}")
         return local._replace(load=None)
 
+    def reduced(self, local: Local) -> Local:
+        """Without what can change nothing any more: which bytes lie in the trash, what a load of an erased epoch has read, and
+        directories of an earlier life of the process in the trash, which nobody knows."""
+        core = self.core(local)
+        known = {folder.name for folder in core.folders}
+        disk = tuple(
+            each._replace(files=()) if each.place == TRASH else each
+            for each in local.disk
+            if each.place != TRASH or each.name in known
+        )
+        load = local.load
+        if load is not None and load.item.directory != core.directory:
+            load = load._replace(is_read=True, content=None)
+        return local._replace(disk=disk, load=load)
+
     # --- what must hold ------------------------------------------------------------------------------------------
 
     def wrong(self, local: Local, common: Common) -> str | None:
@@ -353,6 +368,10 @@ class ScopeModel:
                 for _, life in each.files:
                     if life < local.life:
                         return f"life {life} of {self.name} was erased, and its file is under the live root"
+        open_ = {each.name for each in local.disk if each.is_open}
+        for user in (*local.tasks, *(() if local.load is None else (local.load,))):
+            if user.item.directory not in open_:
+                return f"somebody works through the descriptor of {user.item.directory}, which was closed"
         if min(local.used) < 0 or local.used[2] < files or local.used[1] < len(local.tasks):
             return f"charged {local.used}: but there are {len(local.tasks)} items in memory, {files} on disk"
         if local.told == DURABLE and core.phase is not Phase.PROMOTING:

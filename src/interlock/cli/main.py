@@ -160,7 +160,9 @@ def _add_others(commands: argparse._SubParsersAction[Parser]) -> None:
 
 OTHERS = {
     "demo": "show reuse, pause, and an engine's death on a running fleet, and check every token",
+    "store": "a KV store node by itself, for plain vLLM engines",
     "explore": "walk every interleaving of a protocol",
+    "simulate": "run whole fleets on a simulated machine, every fault from one seed",
 }
 
 
@@ -201,7 +203,7 @@ def _run(given: list[str]) -> int:
         from interlock.cli.ctl import ctl
 
         return ctl(parsed)
-    raise Usage("say what to do: serve, ctl, demo or explore; see interlock --help")
+    raise Usage("say what to do: serve, ctl, demo, store, explore or simulate; see interlock --help")
 
 
 def _split(given: list[str]) -> tuple[list[str], list[str]]:

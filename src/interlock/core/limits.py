@@ -72,6 +72,9 @@ REQUESTS_TRACKED_MAX = 65536
 
 # --- fleet -------------------------------------------------------------------------------------------------------
 MEMBERS_MAX = 1024
+FACT_CHARS_MAX = 1024
+"""An engine's address or model identity: 1,024 members with such facts still fit into one frame of `Membership`."""
+CAPABILITIES_MAX = 32
 HOLDS_MAX = 256
 COMMAND_SECONDS_DEFAULT = 60.0
 ENGINE_START_SECONDS_MAX = 600.0

@@ -10,8 +10,9 @@ import os
 import select
 import socket
 import subprocess
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from interlock.host.base import Peer
 from interlock.host.files import RealFiles
@@ -70,6 +71,7 @@ class BlockingStream:
         self._input.register(sock, select.POLLIN)
         self._output.register(sock, select.POLLOUT)
         self._closed = False
+        self._used = threading.Lock()
 
     @property
     def peer(self) -> Peer:
@@ -83,16 +85,17 @@ class BlockingStream:
     def send(self, data: bytes | bytearray | memoryview, deadline_s: float, fds: Sequence[int] = ()) -> None:
         """Raises `TimeoutError` (part of `data` may have left: the stream is of no more use) and `ConnectionError`."""
         rest = memoryview(data)
-        while rest:
-            self._check_open()
-            try:
-                taken = transmit(self._sock, rest, fds)
-            except BlockingIOError:
-                self._wait(self._output, deadline_s, "to be written to")
-            except OSError as error:
-                raise broken(error) from error
-            else:
-                rest, fds = rest[taken:], ()
+        with self._in_use():
+            while rest:
+                self._check_open()
+                try:
+                    taken = transmit(self._sock, rest, fds)
+                except BlockingIOError:
+                    self._wait(self._output, deadline_s, "to be written to")
+                except OSError as error:
+                    raise broken(error) from error
+                else:
+                    rest, fds = rest[taken:], ()
 
     def receive_exactly(self, count: int, deadline_s: float) -> bytes:
         """Raises `TimeoutError` (nothing is lost: ask again), `EOFError`, `ConnectionError`."""
@@ -103,8 +106,9 @@ class BlockingStream:
 
     def receive_available(self) -> None:
         """Takes in what has arrived, without waiting. Raises `EOFError`, `ConnectionError`."""
-        while self._receive_some():
-            pass
+        with self._in_use():
+            while self._receive_some():
+                pass
 
     def peek(self, count: int, deadline_s: float) -> bytes:
         """`receive_exactly` that takes nothing away."""
@@ -129,14 +133,32 @@ class BlockingStream:
         self._closed = True
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
-        self._sock.close()
-        for fd in self.take_fds():
-            os.close(fd)
+        self._let_go()
+
+    @contextlib.contextmanager
+    def _in_use(self) -> Iterator[None]:
+        try:
+            with self._used:
+                yield
+        finally:
+            if self._closed:
+                self._let_go()
+
+    def _let_go(self) -> None:
+        """Once nobody uses it: the number is another file's at once, and a thread still in a call would wait for that."""
+        if self._used.acquire(blocking=False):
+            try:
+                self._sock.close()
+                for fd in self.take_fds():
+                    os.close(fd)
+            finally:
+                self._used.release()
 
     def _fill(self, count: int, deadline_s: float) -> None:
-        while len(self._buffer) < count:
-            if not self._receive_some():
-                self._wait(self._input, deadline_s, "for an answer")
+        with self._in_use():
+            while len(self._buffer) < count:
+                if not self._receive_some():
+                    self._wait(self._input, deadline_s, "for an answer")
 
     def _receive_some(self) -> bool:
         self._check_open()

@@ -267,7 +267,9 @@ class Channel:
             if self._leased and unanswered * HEARTBEAT_SECONDS >= SILENCE_SECONDS_MAX:
                 self._shut(ChannelClosed(f"{self.peer} was not heard for {SILENCE_SECONDS_MAX} s"))
                 return
-            if self._clock.monotonic_s() - self._sent_s >= HEARTBEAT_SECONDS / 2 and not self._ping_waits:
+            now = self._clock.monotonic_s()
+            unheard = self._leased and now - self._heard_s >= HEARTBEAT_SECONDS
+            if (unheard or now - self._sent_s >= HEARTBEAT_SECONDS / 2) and not self._ping_waits:
                 self._ping_waits = True
                 self._post(Ping())
 

@@ -11,7 +11,7 @@ from typing import Annotated
 import msgspec
 
 from interlock.core.identity import Epoch
-from interlock.core.limits import HOLDS_MAX, MEMBERS_MAX, NAME_CHARS_MAX
+from interlock.core.limits import CAPABILITIES_MAX, FACT_CHARS_MAX, HOLDS_MAX, MEMBERS_MAX, NAME_CHARS_MAX
 
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=NAME_CHARS_MAX)]
 
@@ -26,14 +26,14 @@ class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True)
 class EngineFacts(msgspec.Struct, frozen=True):
     """What does not change in an engine's life; fronts need it to route and to validate."""
 
-    address: str
+    address: Annotated[str, msgspec.Meta(max_length=FACT_CHARS_MAX)]
     """Where fronts connect."""
-    model: str
+    model: Annotated[str, msgspec.Meta(max_length=FACT_CHARS_MAX)]
     """Identity of the weights' content and configuration; equal models give equal tokens."""
     max_model_tokens: int
-    engine: str
+    engine: Name
     """Kind: "vllm", "transformers"."""
-    capabilities: list[str] = []
+    capabilities: Annotated[list[Name], msgspec.Meta(max_length=CAPABILITIES_MAX)] = []
     pid: int = 0
     """Process id of the engine's runner on its own host, for the operator's eyes; proof of exit never rests on it."""
 

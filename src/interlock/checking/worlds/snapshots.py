@@ -51,7 +51,9 @@ class Snapshots(World[State]):
         erase_alls: int = 0,
         promotes: bool = True,
         transition: Transition = snapshots.transition,
+        is_reduced: bool = True,
     ) -> None:
+        self.is_reduced = is_reduced
         faults = (failed_writes, failed_calls, crashes, erase_alls)
         uses = ", ".join(f"id {name} in {count} lives" for name, count in zip("ABC", lives, strict=False))
         self.name = f"{len(lives)} scope{'s' * (len(lives) > 1)}: {uses}"
@@ -65,7 +67,7 @@ class Snapshots(World[State]):
         self._numbers: dict[Any, int] = {}
         self._made: dict[tuple[int, int, int], list[tuple[Any, int | Broken, int]]] = {}
         self._judged: dict[tuple[int, int, int], tuple[str | None, bool]] = {}
-        self._globally: dict[tuple[int, int], list[tuple[Any, Any]]] = {}
+        self._dead: dict[tuple[int, int, int], int | Broken] = {}
         self.start: State = (
             self._number(Common(0, 1, faults)),
             *(self._number(model.start()) for model in self.models),
@@ -101,9 +103,18 @@ class Snapshots(World[State]):
     def _steps_of(self, scope: int, number: int, common: int) -> list[tuple[Any, int | Broken, int]]:
         steps = self.models[scope].steps(self._parts[number], self._parts[common])
         return [
-            (action, after if isinstance(after, Broken) else self._number(after), self._number(shared))
+            (action, self._settled(scope, after, shared), self._number(shared))
             for action, after, shared in steps
         ]
+
+    def _settled(self, scope: int, local: Local | Broken, common: Common) -> int | Broken:
+        """The number of what this scope has become, judged before what is dead is left out of it."""
+        if isinstance(local, Broken):
+            return local
+        wrong = self.models[scope].wrong(local, common)
+        if wrong is not None:
+            return Broken(wrong)
+        return self._number(self.models[scope].reduced(local) if self.is_reduced else local)
 
     def _erase_all(self, state: State) -> Iterable[tuple[Any, State | Broken]]:
         """Its first step, and its last; the one between them is each scope's own."""
@@ -128,11 +139,18 @@ class Snapshots(World[State]):
         after = common.spent(CRASH)._replace(incarnation=common.incarnation + 1, root=common.root + 1)
         numbers = []
         for model, number in zip(self.models, state[1:], strict=True):
-            local = model.crashed(self._parts[number], after)
+            local = self._crashed(model, number, after)
             if isinstance(local, Broken):
                 return local
-            numbers.append(self._number(local))
+            numbers.append(local)
         return (self._number(after), *numbers)
+
+    def _crashed(self, model: ScopeModel, number: int, after: Common) -> int | Broken:
+        scope = self.models.index(model)
+        key = (scope, number, self._number(after))
+        if key not in self._dead:
+            self._dead[key] = self._settled(scope, model.crashed(self._parts[number], after), after)
+        return self._dead[key]
 
     # --- what must hold ------------------------------------------------------------------------------------------
 

@@ -228,18 +228,22 @@ class CudaMover:
     ) -> list[str]:
         common, (stream, staging, staged) = self._common, self._load
         outcomes = [LATE] * len(blocks)
+        # A step launched before this load may still write KV blocks that were given to us meanwhile.
+        torch.cuda.synchronize(common.kv.device)
         for batch in common.batches(len(blocks)):
             if not in_time():
                 break
             good = common.checked(slab, keys, locations, staged, batch)
             for i in batch:
                 outcomes[i] = GOOD if i in good else MISMATCH
-            with torch.cuda.stream(stream):
-                for i in good:
-                    device = staging[i - batch.start].to(common.kv.device, non_blocking=True)
-                    for layers, piece in common.kv.pieces:
-                        piece[:, blocks[i]].copy_(device[:, layers].transpose(0, 1))
-            stream.synchronize()  # staging is used again, and release means that nothing is in flight
+            try:
+                with torch.cuda.stream(stream):
+                    for i in good:
+                        device = staging[i - batch.start].to(common.kv.device, non_blocking=True)
+                        for layers, piece in common.kv.pieces:
+                            piece[:, blocks[i]].copy_(device[:, layers].transpose(0, 1))
+            finally:
+                stream.synchronize()  # staging is used again, and release means that nothing is in flight
         return outcomes
 
 
