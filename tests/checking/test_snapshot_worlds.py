@@ -47,7 +47,7 @@ def erase_closes_descriptors(scope: Scope, event: Any) -> Outcome:
     [
         (names_used_twice, "made a second time"),
         (no_second_look, "returns life 0"),
-        (erase_closes_descriptors, "closed descriptor"),
+        (erase_closes_descriptors, "which was closed"),
     ],
 )
 def test_a_rule_that_is_taken_away_is_missed(rule: Callable[..., Outcome], what: str) -> None:

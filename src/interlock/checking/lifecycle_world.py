@@ -323,7 +323,11 @@ class Lifecycle(World[Fleet]):
                     f"a pause that its owner was promised is not released, and member {who} is {core.state}"
                 )
             at = lifecycle.admission(core, core.epoch)
-            if at is lifecycle.Admission.ADMIT and core.heard is not None and core.version != core.heard.version:
+            if (
+                at is lifecycle.Admission.ADMIT
+                and core.heard is not None
+                and core.version != core.heard.version
+            ):
                 return (
                     f"member {who} takes work with weights {core.version}, and was told {core.heard.version}"
                 )

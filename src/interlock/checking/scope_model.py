@@ -107,10 +107,13 @@ Step = tuple[tuple[Any, ...], Local | Broken, Common]
 
 
 class ScopeModel:
-    """Scope `name`, whose id has `lives` lives. Actions are tuples that begin with a word and the name."""
+    """Scope `name`, whose id has `lives` lives. Actions are tuples that begin with a word and the name.
 
-    def __init__(self, name: str, lives: int, promotes: bool, machine: Machine[Any, Any, Any]) -> None:
-        self.name, self.lives, self.promotes, self.machine = name, lives, promotes, machine
+    `reads`: there are loaders, and the owner may promote.
+    """
+
+    def __init__(self, name: str, lives: int, reads: bool, machine: Machine[Any, Any, Any]) -> None:
+        self.name, self.lives, self.reads, self.machine = name, lives, reads, machine
 
     def start(self) -> Local:
         return Local(self.machine.number(Scope(self.name, 1, 0)))
@@ -144,9 +147,9 @@ class ScopeModel:
             yield ("erase", name, local.life), self.tell(over, Erase())
         elif core.phase is Phase.EMPTY and any(not folder.trashed for folder in core.folders):
             yield ("erase", name, local.life), self.tell(local, Erase())
-        if local.told == DURABLE and self.promotes:
+        if local.told == DURABLE and self.reads:
             yield ("promote", name), self.tell(local, Promote(0))
-        if local.load is None and local.told in (ACCEPTED, DURABLE):
+        if self.reads and local.load is None and local.told in (ACCEPTED, DURABLE):
             yield ("load", name), self.tell(local, LoadAsked(0, 0))
         if core.root < common.root:
             over = local
@@ -341,19 +344,17 @@ class ScopeModel:
         return local._replace(load=None)
 
     def reduced(self, local: Local) -> Local:
-        """Without what can change nothing any more: which bytes lie in the trash, what a load of an erased epoch has read, and
-        directories of an earlier life of the process in the trash, which nobody knows."""
+        """Without what can change nothing any more: which bytes lie in the trash while nobody reads there, and directories of an
+        earlier life of the process in the trash, which nobody knows."""
         core = self.core(local)
         known = {folder.name for folder in core.folders}
+        kept = {core.directory, None if local.load is None else local.load.item.directory}
         disk = tuple(
-            each._replace(files=()) if each.place == TRASH else each
+            each._replace(files=()) if each.place == TRASH and each.name not in kept else each
             for each in local.disk
             if each.place != TRASH or each.name in known
         )
-        load = local.load
-        if load is not None and load.item.directory != core.directory:
-            load = load._replace(is_read=True, content=None)
-        return local._replace(disk=disk, load=load)
+        return local._replace(disk=disk)
 
     # --- what must hold ------------------------------------------------------------------------------------------
 

@@ -15,6 +15,6 @@ EXHIBIT = Exhibit(
     broken=lambda: BoundaryStore(
         ids=2, lives=3, by_identity=True, time_outs=2, erase_alls=1, looks_for="vanished"
     ),
-    mended=lambda: Snapshots(lives=(3,), erase_alls=1, promotes=False),
+    mended=lambda: Snapshots(lives=(3,), erase_alls=1, reads=False),
     story_steps=10,
 )

@@ -82,6 +82,7 @@ class Endpoints(World[State]):
         self.timers_at, self.lanes_at = 2 * processes, 2 * processes + 1
         blocked = f", {undialable} cannot dial" if undialable else ""
         self.name = f"{processes} peers, directed lanes of {' and '.join(kinds)}{blocked}"
+        self.name += "" if is_reduced else ", every message kept"
         self.budget = {
             "crashes": self._of_each(each_crashes),
             "re-opens": self._of_each(each_reopens),
@@ -248,12 +249,14 @@ class Endpoints(World[State]):
 
     def _reduced(self, state: State) -> State:
         """Messages that can change nothing any more are dropped. Of those that can only teach their receiver how far their sender
-        is one is kept in the place of all, and those that would only be answered with the like are answered at once."""
+        is one is kept in the place of all, and those that would only be answered with the like are answered at once.
+
+        This leans on the rules that are checked (what is older than known is not listened to). So the worlds of one fault are
+        walked without it, too.
+        """
         cores, sent, left = state
-        for at, (process, _) in (
-            *enumerate(self.pairs),
-            *enumerate(self.pairs),
-        ):  # Again: an answer may be dead.
+        twice = (*enumerate(self.pairs), *enumerate(self.pairs))  # An answer may be dead, too.
+        for at, (process, _) in twice:
             mine = sent & self._into[at]
             if mine:
                 key = (cores[at], cores[self.back[at]], mine, bool(left[process]))
@@ -405,9 +408,15 @@ def worlds(budget: Literal["small", "full"]) -> Sequence[World[Any]]:
         Endpoints(kinds=("shm", "tcp")),
     ]
     if budget == "small":
-        return [*fault_free, Endpoints(crashes=(1, 0), reopens=(0, 1))]
+        unreduced = Endpoints(reopens=(1, 0), is_reduced=False)
+        return [*fault_free, unreduced, Endpoints(crashes=(1, 0), reopens=(0, 1))]
     return [
         *fault_free,
+        Endpoints(reopens=(1, 0), is_reduced=False),
+        Endpoints(reopens=(0, 1), is_reduced=False),
+        Endpoints(crashes=(1, 0), is_reduced=False),
+        Endpoints(crashes=(0, 1), is_reduced=False),
+        Endpoints(timers=1, is_reduced=False),
         Endpoints(processes=3),
         Endpoints(timers=1, lane_failures=1),
         Endpoints(timers=1, crashes=(1, 0)),

@@ -36,7 +36,7 @@ State = tuple[int, ...]
 
 
 class Snapshots(World[State]):
-    """`lives[s]`: how many lives the id of scope s has; it may be erased as often. `promotes`: the owner may promote."""
+    """`lives[s]`: how many lives the id of scope s has; it may be erased as often. `reads`: there are loaders and promotions."""
 
     protocol = "snapshots"
     Model: type[ScopeModel] = ScopeModel
@@ -49,19 +49,20 @@ class Snapshots(World[State]):
         failed_calls: int = 0,
         crashes: int = 0,
         erase_alls: int = 0,
-        promotes: bool = True,
+        reads: bool = True,
         transition: Transition = snapshots.transition,
         is_reduced: bool = True,
     ) -> None:
         self.is_reduced = is_reduced
         faults = (failed_writes, failed_calls, crashes, erase_alls)
         uses = ", ".join(f"id {name} in {count} lives" for name, count in zip("ABC", lives, strict=False))
-        self.name = f"{len(lives)} scope{'s' * (len(lives) > 1)}: {uses}"
+        only = "" if reads else ", only saved and erased"
+        self.name = f"{len(lives)} scope{'s' * (len(lives) > 1)}: {uses}{only}"
         self.budget = dict(zip(FAULTS, faults, strict=True))
         self.reaches = not any(faults)
         self.machine: Machine[Any, Any, Any] = Machine(transition)
         self.models = [
-            self.Model(name, count, promotes, self.machine) for name, count in zip("ABC", lives, strict=False)
+            self.Model(name, count, reads, self.machine) for name, count in zip("ABC", lives, strict=False)
         ]
         self._parts: list[Any] = []
         self._numbers: dict[Any, int] = {}
@@ -206,14 +207,15 @@ class Snapshots(World[State]):
 
 
 def worlds(budget: Literal["small", "full"]) -> Sequence[World[Any]]:
-    """Full: two scopes, an id reused twice, a failed write, a crash; and with failing calls and erase_all, ids used less often."""
+    """Full: two scopes, an id reused twice, a failed write, a crash; and with erase_all or failing calls, ids used less often."""
     if budget == "small":
         return [Snapshots(lives=(2, 1)), Snapshots(lives=(2,), failed_writes=1, crashes=1)]
     return [
         Snapshots(lives=(3, 1)),
-        Snapshots(lives=(3, 1), failed_writes=1, crashes=1),
-        Snapshots(lives=(2, 1), failed_writes=1, failed_calls=1, crashes=1),
+        Snapshots(lives=(2,), failed_writes=1, failed_calls=1, crashes=1),
+        Snapshots(lives=(2,), failed_calls=1, crashes=1, erase_alls=1),
         Snapshots(lives=(2, 1), erase_alls=1, failed_writes=1),
+        Snapshots(lives=(3, 1), failed_writes=1, crashes=1),
     ]
 
 
