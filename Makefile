@@ -23,7 +23,7 @@ demo:
 	@bin="$$(tools/setup)" && exec "$$bin/interlock" demo $(ARGS)
 
 unit:
-	@bin="$$(tools/setup)" && exec "$$bin/pytest" -m "not vllm and not fleet and not explorer" $(ARGS)
+	@bin="$$(tools/setup)" && exec "$$bin/pytest" -m "not vllm and not fleet and not explorer and not simulator" $(ARGS)
 
 test:
 	@bin="$$(tools/setup)" && exec "$$bin/pytest" $(ARGS)
@@ -36,7 +36,8 @@ format:
 	@bin="$$(tools/setup)" && "$$bin/ruff" format . && "$$bin/ruff" check --fix .
 
 long: # what takes too long for CI; results with revision and date belong into docs/verification.md
-	@bin="$$(tools/setup)" && "$$bin/interlock" explore --budget full && "$$bin/interlock" explore --museum
+	@bin="$$(tools/setup)" && "$$bin/interlock" explore --budget full && "$$bin/interlock" explore --museum && \
+		"$$bin/interlock" simulate --seeds 1000
 
 mutants: # does anybody notice when a condition in core/ is changed?
 	@tools/mutants $(ARGS)

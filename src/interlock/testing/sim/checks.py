@@ -1,0 +1,182 @@
+"""What must hold in every run: the rows of DESIGN §2 that can be seen from outside, and balanced books at every look."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from interlock.core.limits import SLOT_GRAIN_BYTES
+from interlock.store.slots import SlotState
+from interlock.testing.sim.engine import answer_to
+from interlock.testing.sim.kv import LAYOUT, content
+
+if TYPE_CHECKING:
+    from interlock.engines.runner import Runner
+    from interlock.fleet.dispatcher import Dispatcher
+    from interlock.store.node import Node
+    from interlock.testing.sim.engine import SimEngine
+    from interlock.testing.sim.host import SimMemory
+    from interlock.testing.sim.kernel import Kernel, SimProcess
+
+VIOLATIONS_MAX = 8
+
+
+class Checks:
+    """Knows the truth: what was asked, delivered, held and written, whoever claims what."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self.violations: list[str] = []
+        self.calm = False
+        """The faults are over."""
+        self.over = False
+        self.served = 0
+        self.runners: dict[SimProcess, Runner] = {}
+        self.engines: dict[SimProcess, SimEngine] = {}
+        self.dispatchers: dict[SimProcess, Dispatcher] = {}
+        self.nodes: dict[SimProcess, tuple[Node, SimMemory]] = {}
+        self.stopped_engines: set[str] = set()
+        self.aborting = False
+        """Somebody asked for a pause that aborts, or for a stop: an end "abort" is then a true end."""
+        self.held: dict[str, float] = {}
+        """Owner → since when its pause is confirmed and not yet released."""
+        self.remembering: set[SimProcess] | None = None
+        """Once the coordinator's state was lost: the engines that still know of its holds."""
+        self.open: dict[str, SimProcess] = {}
+        """Requests that a front has accepted and not ended."""
+        self.waiting_for: set[str] = set()
+        """Who has not shown yet that it is served after the faults."""
+        self._touching: dict[tuple[int, int], dict[SimProcess, str]] = {}
+
+    def violation(self, words: str) -> None:
+        if len(self.violations) < VIOLATIONS_MAX and not self.over:
+            self.kernel.note(f"VIOLATION {words}")
+            self.violations.append(f"at {self.kernel.loop.time():.3f} s: {words}")
+
+    def unhandled(self, context: dict[str, Any]) -> None:
+        """asyncio says that nobody looked at an exception."""
+        error = context.get("exception")
+        task = context.get("task") or context.get("future")
+        if error is not None and isinstance(error, Exception):
+            name = task.get_name() if isinstance(task, asyncio.Task) else context.get("message")
+            self.violation(f"nobody handles it that {name} raised {type(error).__name__}: {error}")
+
+    def forget(self, process: SimProcess) -> None:
+        """It is gone: what it held is over."""
+        for things in (self.runners, self.engines, self.dispatchers, self.nodes):
+            things.pop(process, None)
+        for request in [request for request, front in self.open.items() if front is process]:
+            del self.open[request]
+        for touching in self._touching.values():
+            touching.pop(process, None)
+        if process.name == "admin":
+            self.held.clear()
+        if self.remembering is not None:
+            self.remembering.discard(process)
+            if not self.remembering:  # disk and every memory are gone: no system could know of the hold
+                self.held.clear()
+
+    def coordinator_forgets(self) -> None:
+        """Its state is lost: what holds there are stands in its engines' memory alone."""
+        self.remembering = {process for process in self.runners if not process.dead}
+        if not self.remembering:
+            self.held.clear()
+
+    # --- tokens ----------------------------------------------------------------------------------------------------
+
+    def delivered(
+        self, request: str, prompt: Sequence[int], tokens: Sequence[int], limit: int, finish: str
+    ) -> None:
+        """No delivered token changes, is lost or repeated."""
+        right = answer_to(prompt, limit)
+        if list(tokens) != right[: len(tokens)]:
+            self.violation(f"request {request} was told {list(tokens)}, right is {right[: len(tokens)]}")
+        if finish == "length" and len(tokens) != limit:
+            self.violation(f"request {request} ended as complete with {len(tokens)} of {limit} tokens")
+        if finish == "abort" and not self.aborting:
+            self.violation(f"request {request} ended as aborted, and nobody asked for that")
+        if finish not in ("", "length", "abort"):
+            self.violation(f"request {request} ended by {finish!r}")
+
+    # --- pauses ----------------------------------------------------------------------------------------------------
+
+    def stepped(self, process: SimProcess, stage: str) -> None:
+        """Pause means standing: while a confirmed hold is not released, no step begins or ends."""
+        for owner, since_s in self.held.items():
+            self.violation(
+                f"a step of {process} {stage} though {owner} was told at {since_s:.3f} s that the fleet stands"
+            )
+
+    # --- KV memory -------------------------------------------------------------------------------------------------
+
+    def touches(self, process: SimProcess, slab: int, slot: int, session: str) -> None:
+        """A slot is never handed out while somebody who got it may still touch it."""
+        touching = self._touching.setdefault((slab, slot), {})
+        life = process.name.rsplit("-r", 1)[0]
+        for other, theirs in touching.items():
+            if other is not process and (theirs != session or other.name.rsplit("-r", 1)[0] != life):
+                self.violation(f"{process} writes slot {slot} for {session} while {other} does for {theirs}")
+        touching[process] = session
+
+    def promised(self, process: SimProcess, slab: int, slots: Sequence[int]) -> None:
+        for slot in slots:
+            self._touching.get((slab, slot), {}).pop(process, None)
+
+    def loaded(self, process: SimProcess, key: bytes, data: bytes, start: int, stop: int) -> None:
+        """What passed the check is what was saved for that key."""
+        if data != b"".join(content(key, head) for head in range(start, stop)):
+            self.violation(f"{process} loaded other bytes than were saved for {key.hex()[:12]}")
+
+    def _check_slab(self, node: Node, memory: SimMemory) -> None:
+        """A published block is whole: every shard of it is written, and nobody writes there any more."""
+        view = memory.view
+        for block in node.store.shelf:
+            at = block.slot * SLOT_GRAIN_BYTES
+            for head in range(LAYOUT.heads):
+                place = at + head * LAYOUT.head_bytes
+                if view[place : place + LAYOUT.head_bytes] != content(block.key, head):
+                    self.violation(
+                        f"block {block.key.hex()[:12]} is published and its head {head} is not there"
+                    )
+                    return
+
+    # --- books -----------------------------------------------------------------------------------------------------
+
+    def check_everywhere(self) -> None:
+        """Each owner's own check, and the slab against the truth."""
+        for kind, owners in (
+            ("dispatcher", [(p, d.check_integrity) for p, d in self.dispatchers.items()]),
+            ("desk", [(p, r.desk.check_integrity) for p, r in self.runners.items() if r.desk is not None]),
+            ("store", [(p, n.check_integrity) for p, (n, _) in self.nodes.items()]),
+        ):
+            for process, check in owners:
+                try:
+                    check()
+                except AssertionError as error:
+                    self.violation(f"the books of {process}'s {kind} do not balance: {error!r}")
+        for node, memory in self.nodes.values():
+            self._check_slab(node, memory)
+
+    def check_left_over(self) -> None:
+        """Served and idle: nothing is held for anybody."""
+        for process, dispatcher in self.dispatchers.items():
+            if len(dispatcher.ledger):
+                entries = [entry.request.id for entry in dispatcher.ledger.entries()]
+                self.violation(f"{process} still has requests: {entries}")
+        for process, runner in self.runners.items():
+            if runner.desk is not None and runner.desk.requests:
+                self.violation(f"{process} still has {runner.desk.requests} requests that nobody wants")
+        for process, (node, _) in self.nodes.items():
+            count = node.store.slots.count
+            for state in (SlotState.WRITING, SlotState.QUARANTINED):
+                if count[state]:
+                    self.violation(f"{count[state]} slots of {process} are still {state} with nobody writing")
+            if node.store.counters["internal_errors"] or node.store.counters["integrity_failures"]:
+                self.violation(f"{process} counted internal errors of its own")
+        for request, process in self.open.items():
+            self.violation(f"request {request} of {process} never ended")
+        for process in self.kernel.processes.values():
+            allowed = 1 if process in self.nodes else 0
+            if not process.dead and len(process.fds) > allowed:
+                self.violation(f"{process} holds {len(process.fds)} descriptors, {allowed} are in use")

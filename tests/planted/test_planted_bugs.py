@@ -1,0 +1,159 @@
+"""The simulator finds bugs of the kinds that systems like this one have had: a checker that finds none proves nothing."""
+
+from __future__ import annotations
+
+import pytest
+from planting import Plant, plant
+
+from interlock.testing.sim.runs import run_seed
+
+PLANTS = [
+    Plant(
+        story="acknowledged before it is kept: a coordinator's decisions are not written down",
+        where="interlock.fleet.coordinator:Coordinator._save",
+        old="self._file.save(fleet, self._book.records(), self._members.known())",
+        new="pass",
+        kinds=("power",),
+        found_at=5,
+        seeds_max=40,
+    ),
+    Plant(
+        story="a missing fsync: after a power cut a state file is empty or torn",
+        where="interlock.host.files:RealFiles.write_durably",
+        old="os.fsync(file.fileno())",
+        new="pass",
+        kinds=("power",),
+        found_at=0,
+        seeds_max=20,
+    ),
+    Plant(
+        story="an end of a connection taken for an end of its process: its slots are given to others",
+        where="interlock.store.node:Node._serve",
+        old="member.connections -= 1",
+        new="member.connections -= 1\n            self.store.process_gone(member)",
+        kinds=("net",),
+        found_at=6,
+        seeds_max=60,
+    ),
+    Plant(
+        story="a slot freed while its holders may still write: every abort is taken for a promise",
+        where="interlock.store.blocks:BlockStore.abort",
+        old="if never_given:",
+        new="if True:",
+        kinds=("freeze",),
+        found_at=4,
+        seeds_max=40,
+    ),
+    Plant(
+        story="a leaked descriptor: one more for each rank that attaches",
+        where="interlock.store.node:Node._attach",
+        old="fds=(self._memory.fd,)",
+        new="fds=(self._memory.open_read_only(),)",
+        kinds=(),
+        found_at=0,
+        seeds_max=3,
+    ),
+    Plant(
+        story="a block published before all its shards are written: the first report completes the join",
+        where="interlock.store.blocks:BlockStore.start_write",
+        old="len(grants), shards, life.layout.layers, life.layout.heads,",
+        new="len(grants), shards[:1], life.layout.layers, shards[0].head_stop,",
+        kinds=(),
+        found_at=0,
+        seeds_max=10,
+    ),
+    Plant(
+        story="PAUSED is reported when the engine was told to pause, not when it stands",
+        where="interlock.engines.member:Member._perform",
+        old="await self._engine.pause(mode)",
+        new="asyncio.ensure_future(self._engine.pause(mode))",
+        kinds=(),
+        found_at=1,
+        seeds_max=20,
+    ),
+    Plant(
+        story="a lost wake-up: an end that brings no token wakes nobody",
+        where="interlock.fleet.generation:Generation.push",
+        old="if tokens or finish:",
+        new="if tokens:",
+        kinds=(),
+        found_at=0,
+        seeds_max=10,
+    ),
+    Plant(
+        story="a stream goes on where the engine was, not where the front is",
+        where="interlock.engines.desk:Desk._resume",
+        old="stream.sent = min(cursor.start, len(stream.tokens))",
+        new="pass",
+        kinds=("net",),
+        found_at=7,
+        seeds_max=60,
+    ),
+    Plant(
+        story="an old connection's end is taken for the new one's: reconnects may overtake",
+        where="interlock.engines.desk:Desk.serve",
+        old="if front.channel is channel:",
+        new="if True:",
+        kinds=("net",),
+        found_at=64,
+        seeds_max=160,
+    ),
+    Plant(
+        story="a half-open connection is believed for ever (this one was ours, found by seeds 33, 46 and 176)",
+        where="interlock.wire.duplex:Channel._beat",
+        old="if self._leased and",
+        new="if False and",
+        kinds=("net",),
+        found_at=21,
+        seeds_max=120,
+    ),
+    Plant(
+        story="a forgotten epoch check: who stands where an older command wanted it counts as standing",
+        where="interlock.core.roster:outcome",
+        old="if record.standing == epoch:",
+        new="if record.standing is not None:",
+        kinds=(),
+        found_at=0,
+        seeds_max=10,
+    ),
+    Plant(
+        story="a coordinator that lost its state forgets what its members remember",
+        where="interlock.core.recovery:_gather",
+        old="state=_most_restrictive(fleet.state, target.state),",
+        new="state=fleet.state,",
+        kinds=("wipe",),
+        found_at=2,
+        seeds_max=40,
+    ),
+    Plant(
+        story="an engine's exit is seen and its requests are not taken elsewhere",
+        where="interlock.fleet.requests:Requests.lost",
+        old='self._failed(entry, f"{life} ended: {why}")',
+        new="pass",
+        kinds=("crash",),
+        found_at=0,
+        seeds_max=10,
+    ),
+    Plant(
+        story="a continuation that repeats the last token: the prompt is cut one short",
+        where="interlock.fleet.requests:Requests.dispatch_next",
+        old="prompt, sampling = decision.prompt, decision.sampling",
+        new="prompt, sampling = decision.prompt[:-1], decision.sampling",
+        kinds=("crash",),
+        found_at=0,
+        seeds_max=10,
+    ),
+]
+
+
+@pytest.mark.simulator
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("bug", PLANTS, ids=[bug.story.split(":")[0].replace(" ", "-") for bug in PLANTS])
+def test_a_planted_bug_is_found_within_its_number_of_seeds(
+    bug: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(bug, monkeypatch)
+    for seed in range(max(0, bug.found_at - 2), bug.seeds_max):
+        if not run_seed(seed, bug.kinds).ok:
+            return
+    pytest.fail(f"{bug.seeds_max} seeds did not find it: {bug.story}")

@@ -1,0 +1,97 @@
+"""Whole fleets of the real classes on the simulated machine, for as many seeds as a minute holds."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+
+import msgspec
+import pytest
+
+from interlock.host.threads import monotonic_s
+from interlock.testing.sim.faults import KINDS, Fault, faults_of, shape_of
+from interlock.testing.sim.runs import report, run_seed, shrink
+from interlock.testing.sim.worlds import Result, run_world
+
+SECONDS = 20.0
+SEEDS_MAX = 400
+FOUND_BEFORE = (33, 46, 176, 327, 415, 480, 1024)
+"""Seeds that once found a bug of ours (docs/testing.md)."""
+DIGESTS = """
+import hashlib
+from interlock.testing.sim.runs import run_seed
+for seed in (6, 12):
+    print(hashlib.sha256("\\n".join(run_seed(seed).lines).encode()).hexdigest())
+"""
+
+
+@pytest.mark.simulator
+@pytest.mark.timeout(180)
+def test_every_seed_that_fits_into_the_time_is_well() -> None:
+    began_s = monotonic_s()
+    for seed in (*FOUND_BEFORE, *range(SEEDS_MAX)):
+        result = run_seed(seed)
+        assert result.ok, report(result)
+        if monotonic_s() - began_s > SECONDS:
+            break
+
+
+@pytest.mark.simulator
+def test_without_faults_every_request_is_answered() -> None:
+    for seed in range(3):
+        result = run_seed(seed, ())
+        assert result.ok, report(result)
+        assert result.served > 5
+        assert not result.faults
+
+
+@pytest.mark.simulator
+def test_the_same_seed_gives_the_same_log_byte_for_byte_whatever_the_hash_seed() -> None:
+    digests = []
+    for hash_seed in ("0", "1", "4711"):
+        environment = os.environ | {"PYTHONHASHSEED": hash_seed}
+        run = subprocess.run(
+            [sys.executable, "-c", DIGESTS],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+        digests.append(run.stdout)
+    assert len(set(digests)) == 1
+    here = [hashlib.sha256("\n".join(run_seed(seed).lines).encode()).hexdigest() for seed in (6, 12)]
+    assert digests[0].split() == here
+
+
+def test_another_seed_gives_another_world_and_other_faults() -> None:
+    assert shape_of(1) != shape_of(2)
+    plans = [faults_of(seed, shape_of(seed), KINDS) for seed in range(8)]
+    assert len({tuple(map(str, plan)) for plan in plans if plan}) == sum(map(bool, plans))
+
+
+def test_a_failing_plan_shrinks_to_the_faults_it_takes() -> None:
+    shape = shape_of(0)
+    faults = [Fault(float(n), "crash", f"engine-{n}") for n in range(14)]
+
+    def run(seed: int, plan: object) -> Result:
+        assert isinstance(plan, list)
+        names = {fault.target for fault in plan}
+        broken = ["both"] if {"engine-3", "engine-11"} <= names else []
+        return Result(seed, shape, plan, broken, ["   0.0  VIOLATION both"], 0.0, 0, 0)
+
+    smallest = shrink(run(0, faults), run)
+    assert [fault.target for fault in smallest.faults] == ["engine-3", "engine-11"]
+    words = report(smallest)
+    assert "seed 0" in words
+    assert "crash engine-11" in words
+    assert "VIOLATION" in words
+
+
+@pytest.mark.simulator
+def test_a_fleet_whose_only_engine_never_thaws_in_time_is_still_served_afterwards() -> None:
+    shape = msgspec.structs.replace(shape_of(1), engines=1, stop=False, run_s=6.0)
+    result = run_world(1, shape, [Fault(1.0, "freeze", "engine-0", seconds=60.0)])
+    assert result.ok, report(result)
