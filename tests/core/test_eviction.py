@@ -115,3 +115,12 @@ def test_a_hot_prefix_touched_for_ever_keeps_the_heap_bounded() -> None:
         lru.touch(keys)
         lru.check_integrity()
     assert lru.oldest() == keys[-1]
+
+
+def test_what_is_present_and_what_holds_it_can_be_asked() -> None:
+    order = LeafLRU()
+    order.add(key(1))
+    order.hold(key(2))
+    assert key(1) in order
+    assert key(2) not in order
+    assert (order.holds(key(1)), order.holds(key(2))) == (0, 1)

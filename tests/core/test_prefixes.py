@@ -140,3 +140,18 @@ def test_the_index_answers_as_a_slow_model(steps: list[tuple[str, list[int]]]) -
         assert len(index) == len(model)
         assert {b.key for b in index} == set(model)
         assert all((key in index) == (key in model) and index.get(key) == model.get(key) for key in keys)
+
+
+def test_a_salt_that_is_no_digest_is_refused() -> None:
+    with pytest.raises(ValueError, match="32 bytes, not 5"):
+        chain_keys([1, 2], 1, b"short")
+
+
+def test_a_prefix_that_is_here_to_its_end_is_found_to_its_end() -> None:
+    keys = [bytes([n]) * KEY_BYTES for n in range(3)]
+    index = PrefixIndex()
+    blocks = [block(key, slot) for slot, key in enumerate(keys)]
+    for each in blocks:
+        index.add(each)
+    assert index.longest_prefix(keys) == blocks
+    assert index.longest_prefix([*keys[:2], bytes(KEY_BYTES - 1) + b"x", keys[2]]) == blocks[:2]

@@ -421,7 +421,13 @@ def worlds(budget: Literal["small", "full"]) -> Sequence[World[Any]]:
         Endpoints(timers=1, lane_failures=1),
         Endpoints(timers=1, crashes=(1, 0)),
         Endpoints(timers=1, crashes=(0, 1)),
-        Endpoints(crashes=1, reopens=1),
+        Endpoints(crashes=1),
+        Endpoints(reopens=1),
+        Endpoints(crashes=1, reopens=(1, 0)),
+        Endpoints(crashes=1, reopens=(0, 1)),
+        Endpoints(crashes=(1, 0), reopens=1),
+        Endpoints(crashes=(0, 1), reopens=1),
+        Endpoints(crashes=1, reopens=1),  # Twenty minutes of one core.
     ]
 
 
