@@ -36,7 +36,7 @@ format:
 	@bin="$$(tools/setup)" && "$$bin/ruff" format . && "$$bin/ruff" check --fix .
 
 long: # what takes too long for CI; results with revision and date belong into docs/verification.md
-	@bin="$$(tools/setup)" && "$$bin/interlock" explore --budget full && "$$bin/interlock" explore --museum && \
+	@bin="$$(tools/setup)" && "$$bin/interlock" explore --budget full --seconds 3600 && "$$bin/interlock" explore --museum && \
 		"$$bin/interlock" simulate --seeds 1000
 
 mutants: # does anybody notice when a condition in core/ is changed?

@@ -600,3 +600,25 @@ def test_a_transition_costs_microseconds(phase: Phase) -> None:
     step: Callable[[], object] = lambda: transition(now, event)  # noqa: E731
     cost = min(timeit.repeat(step, number=500, repeat=5)) / 500
     assert cost < 100e-6
+
+
+def test_closing_what_nobody_waits_for_tells_nobody() -> None:
+    waited_for, effects = told(Connect(), Close(), at=in_phase(Phase.RETIRING, small()))
+    assert [type(effect) for effect in effects] == [OpenFailed]
+    unwanted, _ = told(Connect(), Retire("idle"), at=small())
+    assert unwanted.phase is Phase.RETIRING
+    assert not unwanted.is_wanted
+    closing, effects = told(Close(), at=unwanted)
+    assert closing.is_closing
+    assert effects == []
+    assert waited_for.is_closing
+
+
+def test_only_a_chooser_with_lanes_and_no_list_yet_grows_impatient() -> None:
+    for phase in (Phase.CONNECTING, Phase.WAIT_READY, Phase.CONNECTED):
+        for endpoint in (small(), large()):
+            at = in_phase(phase, endpoint)
+            if at.is_chooser and at.ready and not at.chosen:
+                continue
+            after, _ = told(Tick(0.0), Tick(LANE_PATIENCE_SECONDS), at=at)
+            assert (after.choose_s, after.chosen) == (at.choose_s, at.chosen)
