@@ -85,6 +85,7 @@ def test_shards_that_do_not_cover_the_block_exactly_once_do_not_tile_it(shards: 
 def test_rectangles_that_only_touch_do_not_overlap_and_empty_ones_never_do() -> None:
     quarters = [Shard(0, 1, 0, 2), Shard(1, 2, 0, 2), Shard(0, 1, 2, 4), Shard(1, 2, 2, 4)]
     assert tiles(quarters, layers=2, heads=4)
+    assert tiles(quarters[::-1], layers=2, heads=4)
     assert not EMPTY_SHARD.overlaps(quarters[0])
     assert not quarters[0].overlaps(EMPTY_SHARD)
     assert Shard(0, 2, 0, 4).overlaps(quarters[3])
