@@ -10,7 +10,7 @@ from interlock.checking.lifecycle_world import Lifecycle
 from interlock.checking.lockstep_world import Lockstep
 from interlock.checking.worlds.lifecycle import A_PAUSES, A_UNPAUSES, A_UPDATES, B_ABORTS, B_BREAKS
 from interlock.core import commands, lifecycle, lockstep, lockstep_leader
-from interlock.core.fleet_state import Commanded, FleetState, Heard, TellMembers
+from interlock.core.fleet_state import Commanded, FleetState, Heard, Remembered, TellMembers
 from interlock.core.lifecycle import MemberState, TargetHeard
 from interlock.core.lockstep import Grant, RankReport, RankState
 from interlock.core.lockstep_leader import GroupState, RankLost
@@ -95,6 +95,17 @@ def test_a_member_that_runs_with_the_weights_it_has_is_seen() -> None:
 
 def _at(target: Target, version: str | None) -> Target:
     return msgspec.structs.replace(target, version=version or target.version)
+
+
+def test_a_front_whose_memory_nobody_asks_for_waits_for_ever_when_the_clock_stepped_back() -> None:
+    """Found by the simulator (seed 1012): the disk is lost, every engine is new, and fronts drop the lower epoch."""
+
+    def deaf(fleet: FleetState, event: Any) -> Any:
+        return (fleet, ()) if isinstance(event, Remembered) else commands.transition(fleet, event)
+
+    faults: dict[str, Any] = {"engines": 1, "deaths": 1, "restarts": "without state"}
+    world = Lifecycle(A_PAUSES, front=True, clock_back=True, fleet_transition=deaf, **faults)
+    assert violation(world).startswith("stuck")
 
 
 def test_a_member_that_obeys_older_targets_is_seen() -> None:

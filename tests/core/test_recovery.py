@@ -12,6 +12,7 @@ from interlock.core.fleet_state import (
     Heard,
     Persist,
     Phase,
+    Remembered,
     StepDown,
     TellMembers,
     Tick,
@@ -232,3 +233,45 @@ def test_who_hears_of_a_higher_epoch_leads_no_more() -> None:
     assert deposed.phase is Phase.DEPOSED
     assert effects == (Persist(), StepDown(Epoch(8, 1)))
     assert hear(deposed, "e0", told(State.RUNNING, 9, 1)) == (deposed, ())
+
+
+def test_who_is_deposed_writes_down_by_what_and_leads_above_it_though_nobody_says_it_again() -> None:
+    """Found by seed 1012: fronts alone remember an epoch, and a life that begins below it would be dropped for a day."""
+    fleet = lead(told(State.RUNNING, 5, 1))
+    deposed, _ = hear(fleet, "e0", told(State.PAUSED, 90, 4, HOLD))
+    again, _ = restarted(deposed, term=9, version="v0", deadline_s=1.0)
+    assert again.phase is Phase.RECOVERING
+    leading, _ = transition(again, Tick(1.0))
+    assert (leading.epoch, leading.state, leading.holds[0].owner) == (
+        Epoch(91, 1),
+        State.PAUSED,
+        "trainer",
+    )
+
+
+# --- fronts --------------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_front_remembers_counts_while_recovering_and_nobody_waits_for_it() -> None:
+    fleet, effects = transition(recovering("e0"), Remembered(told(State.PAUSED, 50, 2, HOLD)))
+    assert effects == ()
+    assert fleet.phase is Phase.RECOVERING
+    assert fleet.awaited == {"e0"}
+    fleet, _ = hear(fleet, "e0", None, None)
+    assert (fleet.phase, fleet.epoch, fleet.state) == (Phase.LEADING, Epoch(51, 1), State.PAUSED)
+
+
+def test_a_front_that_remembers_a_higher_epoch_deposes_and_a_known_one_changes_nothing() -> None:
+    fleet = lead(told(State.RUNNING, 5, 1))
+    assert transition(fleet, Remembered(fleet.target)) == (fleet, ())
+    assert transition(fleet, Remembered(told(State.RUNNING, 5, 1))) == (fleet, ())
+    deposed, effects = transition(fleet, Remembered(told(State.RUNNING, 8, 1)))
+    assert effects == (Persist(), StepDown(Epoch(8, 1)))
+    assert transition(deposed, Remembered(told(State.RUNNING, 9, 1))) == (deposed, ())
+
+
+def test_a_front_that_remembers_a_pause_that_every_engine_forgot_makes_the_target_stricter() -> None:
+    fleet = lead(told(State.RUNNING, 5, 1))
+    after, effects = transition(fleet, Remembered(told(State.PAUSED, 5, 2, HOLD)))
+    assert after.state is State.PAUSED
+    assert effects == (Persist(), TellMembers(after.target))

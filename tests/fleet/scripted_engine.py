@@ -24,13 +24,15 @@ from interlock.core.lifecycle import (
     Begin,
     MemberEvent,
     MemberState,
+    StepFailed,
     StepFinished,
     TargetHeard,
     admission,
     transition,
 )
-from interlock.core.targets import Hold, Mode, State, Target
+from interlock.core.targets import Mode, State
 from interlock.fleet.generation import Generation
+from interlock.fleet.words import target_in_types, target_in_words
 from interlock.host.base import Host, Listener
 from interlock.host.real import RealHost
 from interlock.wire import fleet_messages as wire
@@ -105,16 +107,20 @@ class ScriptedEngine:
         step_s: float | None = None,
         version: str = "0",
         instant: bool = False,
+        abilities: Sequence[str] = (),
     ) -> None:
         host.files.make_private_dir(directory)
         self.host, self.name, self.coordinator = host, name, coordinator
         self.me = load_identity(host, directory, name)
         self.address = f"unix:{directory}/engine.sock"
         self.step_s, self.version, self.instant = step_s, version, instant
+        self.abilities = list(abilities)
         self.member = MemberState()
         self.streams: dict[str, Stream] = {}
         self.heard: list[object] = []
         self.targets: list[wire.Target] = []
+        self.taken: list[Begin] = []
+        self.fail_update: str | None = None
         self.refuse_with: str | None = None
         self.repeat_frames = False
         self.hold_steps = asyncio.Event()
@@ -205,7 +211,9 @@ class ScriptedEngine:
             return None
         start, stream.sent = stream.sent, len(stream.tokens)
         name, attempt = stream.dispatch.request, stream.dispatch.attempt
-        return Delta(name, attempt, start, stream.tokens[start:], [], stream.finish, 0)
+        return Delta(
+            name, attempt, start, stream.tokens[start:], [], stream.finish, 0, "", self.member.version or ""
+        )
 
     async def _run(self) -> None:
         assert self.step_s is not None
@@ -273,7 +281,12 @@ class ScriptedEngine:
             for stream in self.streams.values():
                 stream.finish = stream.finish or "abort"
             await self.flush()
-        self._apply(StepFinished(begin.attempt, self.member.version))
+        self.taken.append(begin)
+        if begin.step == "UPDATE" and self.fail_update is not None:
+            self._apply(StepFailed(begin.attempt, self.fail_update))
+        else:
+            version = begin.version if begin.step == "UPDATE" else self.member.version
+            self._apply(StepFinished(begin.attempt, version))
         await self._notify()
 
     async def _keep_connected(self) -> None:
@@ -300,9 +313,7 @@ class ScriptedEngine:
 
     def _hear(self, told: wire.Target) -> None:
         self.targets.append(told)
-        holds = tuple(Hold(h.owner, Mode(h.mode), h.deadline_s) for h in told.holds)
-        target = Target(told.epoch, State(told.state), Mode(told.mode), told.version, holds)
-        self._apply(TargetHeard(target))
+        self._apply(TargetHeard(target_in_types(told)))
 
     async def _report(self, channel: Channel) -> None:
         with contextlib.suppress(ConnectionError):
@@ -316,12 +327,10 @@ class ScriptedEngine:
                         await self._changed.wait()
 
     def report(self) -> wire.MemberReport:
-        facts = wire.EngineFacts(self.address, "scripted", MODEL_TOKENS, "scripted")
+        facts = wire.EngineFacts(self.address, "scripted", MODEL_TOKENS, "scripted", self.abilities)
         told = None
         if self.member.heard is not None:
-            h = self.member.heard
-            holds = [wire.Hold(x.owner, x.mode, x.deadline_s) for x in h.holds]
-            told = wire.Target(h.epoch, h.state, h.mode, h.version, holds)
+            told = target_in_words(self.member.heard)
         m = self.member
         return wire.MemberReport(facts, m.state, m.epoch, m.standing, m.version, self.load, told, m.failed)
 

@@ -23,11 +23,13 @@ async def test_the_word_of_an_old_coordinator_is_dropped(tmp_path: Path) -> None
     address = f"unix:{tmp_path}/coordinator.sock"
     said = [word(2, 1, "PAUSED"), word(1, 9, "RUNNING"), word(2, 1, "PAUSED"), word(2, 2, "STOPPED")]
     heard: list[str] = []
+    told: list[Epoch | None] = []
     end = asyncio.Event()
 
     async def speak(channel: Channel) -> None:
-        async for _ in channel.messages():
-            for membership in said:
+        async for received in channel.messages():
+            told.append(received.body.heard and received.body.heard.epoch)
+            for membership in said if len(told) == 1 else ():
                 await channel.send(membership)
 
     def on_change(membership: Membership) -> None:
@@ -42,6 +44,10 @@ async def test_the_word_of_an_old_coordinator_is_dropped(tmp_path: Path) -> None
         async with asyncio.timeout(10):
             await end.wait()
         assert heard == ["PAUSED", "STOPPED"]
+        async with asyncio.timeout(10):
+            while len(told) < 2:
+                await asyncio.sleep(0)
+        assert told == [None, Epoch(2, 1)]  # who speaks of a lower epoch is told the higher one
         await listener.close()
         assert view.current == said[-1]
     finally:

@@ -130,6 +130,15 @@ class ScriptedCoordinator:
     async def unpause(self, **more: Any) -> CommandProgress:
         return self._called("unpause", **more)
 
+    async def update_weights(self, version: str, weights: str, **more: Any) -> CommandProgress:
+        return self._called("update", version=version, weights=weights, **more)
+
+    async def suspend(self, **more: Any) -> CommandProgress:
+        return self._called("suspend", **more)
+
+    async def resume(self, **more: Any) -> CommandProgress:
+        return self._called("resume", **more)
+
     def _called(self, verb: str, **more: Any) -> CommandProgress:
         self.calls.append((verb, more))
         if self.error is not None:

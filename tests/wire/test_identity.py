@@ -9,7 +9,7 @@ import pytest
 from interlock.core.errors import LocalProtocolError, StaleError
 from interlock.core.limits import PEERS_KNOWN_MAX
 from interlock.host.blocking import BlockingHost
-from interlock.wire.identity import Identity, KnownPeers, load_identity, passing_identity
+from interlock.wire.identity import Identity, KnownPeers, incarnation_in, load_identity, passing_identity
 
 host = BlockingHost()
 
@@ -71,6 +71,20 @@ def test_a_directory_of_another_name_or_with_garbage_is_refused_in_words(tmp_pat
     (tmp_path / "identity.json").write_bytes(b"\xff{")
     with pytest.raises(LocalProtocolError, match="unreadable"):
         load_identity(host, tmp_path, "a")
+
+
+def test_a_directory_whose_bits_flipped_is_refused_and_names_no_life(tmp_path: Path) -> None:
+    """A flipped digit is valid JSON and another life: nobody may act on it, neither the process nor who tells of its end."""
+    known = load_identity(host, tmp_path, "a").incarnation
+    file = tmp_path / "identity.json"
+    whole = file.read_bytes()
+    assert incarnation_in(whole) == known
+    at = whole.index(str(known).encode()) + 3
+    file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    assert incarnation_in(file.read_bytes()) == 0
+    with pytest.raises(LocalProtocolError, match=r"unreadable.*checksum"):
+        load_identity(host, tmp_path, "a")
+    assert incarnation_in(None) == 0
 
 
 def test_passing_identities_never_meet() -> None:

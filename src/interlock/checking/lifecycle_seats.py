@@ -39,6 +39,8 @@ class Fleet(msgspec.Struct, frozen=True, array_like=True):
     freezes_left: int
     failures_left: int
     restarts_left: int
+    front: int = 0
+    """The target that a front was told last (a bit), 0: none."""
 
 
 class Seats:
@@ -80,6 +82,7 @@ class Seats:
             state.freezes_left,
             state.failures_left,
             state.restarts_left,
+            state.front,
         )
 
     def seat(self, state: Fleet, who: int, fleet: FleetState) -> Seat:

@@ -10,6 +10,9 @@ it as such, for its epoch only grows. A dead member's last words come late, to t
 that nothing happens to a member while everything else does, which is in every walk; the budget counts what follows from it: that
 a living member is suspected, or not heard before a deadline.
 
+Where there is a front, it believes the highest epoch that it was told, and tells a coordinator of it at any moment. `clock_back`:
+the life after the loss begins with a term below all that were. A deposed coordinator is started again, with what it wrote down.
+
 Assumed of time, and of nothing else: while a coordinator without state recovers, a member that is alive and not frozen is heard.
 """
 
@@ -31,6 +34,7 @@ from interlock.core.fleet_state import (
     FleetState,
     Heard,
     Phase,
+    Remembered,
     Settled,
     TellMembers,
     Tick,
@@ -60,6 +64,8 @@ class Lifecycle(World[Fleet]):
         freezes: int = 0,
         failures: int = 0,
         restarts: Restarts = "none",
+        front: bool = False,
+        clock_back: bool = False,
         before: Sequence[Commanded] = (),
         member_transition: Transition = lifecycle.transition,
         fleet_transition: Transition = commands.transition,
@@ -68,8 +74,11 @@ class Lifecycle(World[Fleet]):
         self.size = engines + joiners
         self.owners = tuple(sorted({ask.owner for ask in (*before, *asks)}))
         self.with_state = restarts == "with state"
+        self.front, self.term_after = front, 0 if clock_back else 2
         crossing = " x ".join(words(ask) for ask in asks) or "no command"
         self.name = f"{engines} engines, {joiners} joiners, {crossing}{' from PAUSED' if before else ''}"
+        if front:
+            self.name += f", a front{', the clock steps back' if clock_back else ''}"
         self.budget = {
             "deaths": deaths, "freezes": freezes, "failing steps": failures, "coordinator restarts": restarts,
         }  # fmt: skip
@@ -137,7 +146,19 @@ class Lifecycle(World[Fleet]):
                 left = but(state, freezes_left=state.freezes_left - unheard)
                 yield ("recovers",), self._decide(left, Tick(NEVER))
         if state.restarts_left and fleet.phase is Phase.LEADING:
-            yield ("restarts",), self._restart(state, fleet)
+            left = but(state, restarts_left=state.restarts_left - 1)
+            yield ("restarts",), self._restart(left, fleet if self.with_state else None)
+        if self.front:
+            yield from self._front_speaks(state, fleet)
+
+    def _front_speaks(self, state: Fleet, fleet: FleetState) -> Iterable[tuple[Any, Fleet]]:
+        known = next(iter(self.mail.read(state.front)), None)
+        if fleet.phase is Phase.LEADING and (known is None or known.epoch < fleet.epoch):
+            yield ("front hears",), but(state, front=self.mail.bit(fleet.target))
+        if known is not None:
+            yield ("front tells",), self._promise(self._decide(state, Remembered(known)))
+        if fleet.phase is Phase.DEPOSED:
+            yield ("starts again",), self._restart(state, fleet)
 
     def _walks(self, state: Fleet, who: int) -> Iterable[tuple[Any, Fleet]]:
         core: MemberState = self.members[state.members[who]]
@@ -194,7 +215,7 @@ class Lifecycle(World[Fleet]):
             left = state.freezes_left - (state.life[who] == ALIVE)
             yield ("is silent", who), self._note(but(state, freezes_left=left), who, Silent(1))
         if state.life[who] == DEAD and sight is not Sight.LOST:
-            yield ("is gone", who), self._note(state, who, Gone(1))
+            yield ("is gone", who), self._note(self._decide(state, Excused(str(who))), who, Gone(1))
 
     def _note(self, state: Fleet, who: int, event: Any) -> Fleet:
         record, _ = self.records.step(state.records[who], event)
@@ -219,7 +240,7 @@ class Lifecycle(World[Fleet]):
             return state
         before, after = self.fleets[state.fleet], self.fleets[number]
         state = but(state, fleet=number)
-        if before.phase is not after.phase and after.basis == Epoch():
+        if before.phase is Phase.RECOVERING is not after.phase and after.basis == Epoch():
             # Nobody who could speak remembered any target: the pause is forgotten, outside of what can be promised.
             state = but(state, promised=0)
         if any(isinstance(effect, TellMembers) for effect in effects):
@@ -279,24 +300,19 @@ class Lifecycle(World[Fleet]):
 
     # --- a coordinator's next life -------------------------------------------------------------------------------
 
-    def _restart(self, state: Fleet, fleet: FleetState) -> Fleet:
+    def _restart(self, state: Fleet, kept: FleetState | None) -> Fleet:
         """It forgets what was in memory: records. Without state it knows only which names its launcher started."""
         expected = frozenset(map(str, range(self.size)))
         again, _ = recovery.restarted(
-            fleet if self.with_state else None, term=2, version="v1", expected=expected, deadline_s=1.0
+            kept, term=self.term_after, version="v1", expected=expected, deadline_s=1.0
         )
         records = [NOBODY] * self.size
-        if self.with_state:
+        if kept is not None:
             unheard = self.records.number(MemberRecord("", 1, State.STARTING, sight=Sight.SUSPECT))
             for who, number in enumerate(state.records):
                 if number != NOBODY and self.records[number].sight is not Sight.LOST:
                     records[who] = unheard
-        return but(
-            state,
-            fleet=self.fleets.number(again),
-            records=tuple(records),
-            restarts_left=state.restarts_left - 1,
-        )
+        return but(state, fleet=self.fleets.number(again), records=tuple(records))
 
     def _unheard(self, state: Fleet, fleet: FleetState) -> int:
         """Living members that remember a target and have not told this life of the coordinator."""
@@ -351,6 +367,8 @@ class Lifecycle(World[Fleet]):
     def good(self, state: Fleet) -> bool:
         """The fleet is where it was told to be, every living member is known, and the weights are; or nobody is left."""
         fleet: FleetState = self.fleets[state.fleet]
+        if any(known.epoch > fleet.epoch for known in self.mail.read(state.front)):
+            return False  # the front would drop the coordinator's word
         if fleet.phase is Phase.LEADING and ALIVE not in state.life and not fleet.awaited:
             return all(
                 number == NOBODY or self.records[number].sight is Sight.LOST for number in state.records
@@ -376,6 +394,14 @@ class Lifecycle(World[Fleet]):
             end = f": the fleet's target is {fleet.state} at {fleet.epoch}"
         if what == "asks":
             return f"a client asks: {words(self.asks[action[1]])}{end}"
+        if what in ("front hears", "front tells", "starts again"):
+            now: FleetState = self.fleets[state.fleet]
+            said = {
+                "front hears": f"the front is told {now.state} at {now.epoch}",
+                "front tells": "the front says what it was told last",
+                "starts again": "the deposed coordinator is started again",
+            }
+            return said[what] + end
         if what == "restarts":
             return f"the coordinator restarts {'with' if self.with_state else 'without'} its state{end}"
         if what in ("judges", "hold ends", "recovers"):

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import getpass
 import sys
+from pathlib import Path
 
 import msgspec
 
@@ -56,7 +57,7 @@ async def _ctl(parsed: argparse.Namespace) -> int:
             _tell(progress, said)
     if last is None or not last.ok:
         raise CommandFailed(last.message if last else "the coordinator did not say how it ended", last)
-    if parsed.verb == "stop":
+    if parsed.verb in ("stop", "drain"):
         await _wait_for_the_end(host, client, parsed.timeout)
     if parsed.json:
         _print_json(last)
@@ -82,7 +83,17 @@ def _order(client: FleetClient, parsed: argparse.Namespace) -> Command:
         )
     if parsed.verb == "unpause":
         return client.order("UNPAUSE", owner, parsed.timeout, break_hold_of=parsed.break_hold_of)
-    return client.order("STOP", owner, parsed.timeout, composite=True)
+    if parsed.verb == "update":
+        weights = Path(parsed.weights).expanduser().resolve()
+        if not weights.is_dir():
+            raise Failure(f"{weights} is no directory; name the checkpoint directory of the new weights")
+        return client.order(
+            "UPDATE", owner, parsed.timeout, version=parsed.version, weights=str(weights), kv=parsed.kv
+        )
+    if parsed.verb in ("suspend", "resume"):
+        return client.order(parsed.verb.upper(), owner, parsed.timeout)
+    mode = "wait" if parsed.verb == "drain" else "keep"
+    return client.order("STOP", owner, parsed.timeout, composite=True, mode=mode)
 
 
 def _tell(progress: CommandProgress, said: set[tuple[str, str]]) -> None:

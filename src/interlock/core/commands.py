@@ -28,13 +28,14 @@ from interlock.core.fleet_state import (
     Heard,
     Persist,
     Phase,
+    Remembered,
     Settled,
     Tick,
     allot,
 )
 from interlock.core.identity import Epoch
 from interlock.core.limits import HOLDS_MAX
-from interlock.core.recovery import excused, heard, lead
+from interlock.core.recovery import excused, heard, lead, remembered
 from interlock.core.targets import Command, Hold, State, strictest
 
 C, S = Command, State
@@ -92,6 +93,8 @@ def transition(fleet: FleetState, event: FleetEvent) -> FleetOutcome:
             return _command(fleet, event)
         case Heard():
             return heard(fleet, event)
+        case Remembered(target):
+            return remembered(fleet, target)
         case Excused(member):
             return excused(fleet, member)
         case Settled(epoch, ok):
@@ -198,7 +201,21 @@ def _with_version(fleet: FleetState, ask: Commanded, state: State) -> FleetOutco
     if not version:
         raise _refuse(fleet, ask.command, "it names no version", "say which weights")
     holds = () if starts else fleet.holds
-    changed = msgspec.structs.replace(fleet, state=state, version=version, version_known=starts, holds=holds)
+    weights = ask.weights if ask.version else fleet.weights
+    if version == fleet.version and weights != fleet.weights:
+        why = (
+            f"version {version!r} is what was asked for last, from {fleet.weights or 'the configured model'}"
+        )
+        raise _refuse(fleet, ask.command, why, "other weights need another name")
+    changed = msgspec.structs.replace(
+        fleet,
+        state=state,
+        version=version,
+        weights=weights,
+        kv=ask.kv,
+        version_known=starts,
+        holds=holds,
+    )
     return _accepted(changed, ask.command)
 
 

@@ -7,7 +7,7 @@ from enum import StrEnum
 import msgspec
 
 from interlock.core.identity import Epoch
-from interlock.core.targets import Command, Hold, Mode, State, Target, strictest
+from interlock.core.targets import Command, Hold, KeptCache, Mode, State, Target, strictest
 
 
 class Phase(StrEnum):
@@ -28,6 +28,9 @@ class FleetState(msgspec.Struct, frozen=True):
     """The weights asked for last."""
     version_known: bool = True
     """False from UPDATE until every member stands at it; it stays False when the update fails."""
+    weights: str = ""
+    """Where the checkpoint of `version` lies; empty: what engines are started with."""
+    kv: KeptCache = KeptCache.RECOMPUTE
     holds: tuple[Hold, ...] = ()
     basis: Epoch = Epoch()
     since_term: int = 0
@@ -52,7 +55,7 @@ class FleetState(msgspec.Struct, frozen=True):
     @property
     def target(self) -> Target:
         """What members are told, for as long as their reports do not repeat the epoch."""
-        return Target(self.epoch, self.state, self.mode, self.version, self.holds)
+        return Target(self.epoch, self.state, self.mode, self.version, self.holds, self.weights, self.kv)
 
 
 # --- events ------------------------------------------------------------------------------------------------------
@@ -61,7 +64,8 @@ class FleetState(msgspec.Struct, frozen=True):
 class Commanded(msgspec.Struct, frozen=True):
     """Somebody asks for a command.
 
-    `mode`, `deadline_s` (monotonic): of the hold that PAUSE adds. `version`: for UPDATE, and START (None: as before).
+    `mode`, `deadline_s` (monotonic): of the hold that PAUSE adds. `version`, `weights` (where its checkpoint lies) and
+    `kv`: for UPDATE, and START (None: as before).
     `break_hold_of`: UNPAUSE by an administrator, who names the owner whose hold is broken. `composite`: STOP from
     RUNNING, by way of a pause that `owner` holds.
     """
@@ -71,6 +75,8 @@ class Commanded(msgspec.Struct, frozen=True):
     mode: Mode = Mode.KEEP
     deadline_s: float | None = None
     version: str | None = None
+    weights: str = ""
+    kv: KeptCache = KeptCache.RECOMPUTE
     break_hold_of: str | None = None
     composite: bool = False
 
@@ -81,6 +87,12 @@ class Heard(msgspec.Struct, frozen=True):
     member: str
     target: Target | None
     version: str | None
+
+
+class Remembered(msgspec.Struct, frozen=True):
+    """A front says which target it was told last: a witness like a member, but nobody waits for its word."""
+
+    target: Target
 
 
 class Excused(msgspec.Struct, frozen=True):
@@ -100,7 +112,7 @@ class Tick(msgspec.Struct, frozen=True):
     now_s: float
 
 
-FleetEvent = Commanded | Heard | Excused | Settled | Tick
+FleetEvent = Commanded | Heard | Remembered | Excused | Settled | Tick
 
 
 # --- effects -----------------------------------------------------------------------------------------------------

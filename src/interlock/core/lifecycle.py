@@ -42,7 +42,17 @@ import msgspec
 
 from interlock.core.errors import LocalProtocolError, RemoteProtocolError
 from interlock.core.identity import Epoch
-from interlock.core.targets import BEGUN, FINISHED, Mode, State, Step, Target, next_step, pause_mode
+from interlock.core.targets import (
+    BEGUN,
+    FINISHED,
+    KeptCache,
+    Mode,
+    State,
+    Step,
+    Target,
+    next_step,
+    pause_mode,
+)
 
 S, P = State, Step
 
@@ -110,6 +120,8 @@ class Begin(msgspec.Struct, frozen=True):
     attempt: int
     mode: Mode
     version: str
+    weights: str = ""
+    kv: KeptCache = KeptCache.RECOMPUTE
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -218,7 +230,10 @@ def _begin(member: MemberState, step: Step) -> MemberOutcome:
         mode=mode if step is P.PAUSE else member.mode,
         origin=member.origin if member.state is S.PAUSING else member.state,
     )
-    return begun, (Report(), Begin(step, begun.attempt, mode, target.version))
+    return begun, (
+        Report(),
+        Begin(step, begun.attempt, mode, target.version, target.weights, target.kv),
+    )
 
 
 class Admission(StrEnum):

@@ -8,6 +8,11 @@ deadline has passed. Then it leads in a term above every epoch reported, with th
 all holds reported. It does not know the deadlines of holds it did not place, so they have none. A member that turns up
 later, with an epoch that nobody told this life of, makes the target stricter in the same way, never laxer. Whoever
 hears of an epoch above his own is not the leader any more, and stops.
+
+Fronts are witnesses, too: where the disk is lost and every engine was started anew, only they remember. A coordinator
+whose clock had stepped back would otherwise begin below the epoch that they know, and they would drop its word until the
+clock has caught up. Who is deposed therefore writes down by what: its next life, if it has one, begins above that,
+whether the witness speaks again in time or not.
 """
 
 from __future__ import annotations
@@ -61,15 +66,38 @@ def heard(fleet: FleetState, event: Heard) -> FleetOutcome:
             fleet = _gather(fleet, target, version)
         return excused(fleet, member)
     fleet, effects = excused(fleet, member)
-    if target is None or fleet.phase is Phase.DEPOSED:
+    if target is None:
         return fleet, effects
+    after, more = _compare(fleet, target)
+    return after, more or effects
+
+
+def remembered(fleet: FleetState, target: Target) -> FleetOutcome:
+    """A front says which target it was told last."""
+    if fleet.phase is Phase.RECOVERING:
+        return _gather(fleet, target, target.version), ()
+    return _compare(fleet, target)
+
+
+def _compare(fleet: FleetState, target: Target) -> FleetOutcome:
+    """What somebody remembers against what a coordinator, which has begun to lead, knows."""
+    if fleet.phase is Phase.DEPOSED:
+        return fleet, ()
     if target.epoch > fleet.epoch:
-        deposed = msgspec.structs.replace(fleet, phase=Phase.DEPOSED)
+        adopted = _adopt(fleet, target)
+        deposed = msgspec.structs.replace(
+            adopted,
+            phase=Phase.DEPOSED,
+            epoch=target.epoch,
+            version=target.version,
+            weights=target.weights,
+            kv=target.kv,
+        )
         return deposed, (Persist(), StepDown(target.epoch))
     if fleet.basis < target.epoch and target.epoch.term < fleet.since_term:
         adopted = _adopt(fleet, target)
-        return allot(adopted) if adopted != fleet else (fleet, effects)
-    return fleet, effects
+        return allot(adopted) if adopted != fleet else (fleet, ())
+    return fleet, ()
 
 
 def excused(fleet: FleetState, member: str) -> FleetOutcome:
@@ -90,6 +118,8 @@ def _gather(fleet: FleetState, target: Target, version: str | None) -> FleetStat
         epoch=Epoch(max(fleet.epoch.term, target.epoch.term + 1), 0),
         state=_most_restrictive(fleet.state, target.state),
         version=target.version if newest else fleet.version,
+        weights=target.weights if newest else fleet.weights,
+        kv=target.kv if newest else fleet.kv,
         holds=_all_holds(fleet.holds, target.holds),
         basis=max(fleet.basis, target.epoch),
         versions=fleet.versions | {version, target.version},

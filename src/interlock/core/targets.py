@@ -77,6 +77,15 @@ class Hold(msgspec.Struct, frozen=True):
     deadline_s: float | None = None
 
 
+class KeptCache(StrEnum):
+    """What an update of weights does with the KV of requests that live through it."""
+
+    RECOMPUTE = "recompute"
+    """Dropped, and computed anew by the new weights from prompt and tokens."""
+    KEEP = "keep"
+    """Gone on from. A request with KV of two versions saves no block any more."""
+
+
 class Target(msgspec.Struct, frozen=True):
     """Be so. Repeated until the member's report repeats the epoch."""
 
@@ -85,6 +94,10 @@ class Target(msgspec.Struct, frozen=True):
     mode: Mode
     version: str
     holds: tuple[Hold, ...] = ()
+    weights: str = ""
+    """Where the checkpoint of `version` lies; empty: what the engine was started with."""
+    kv: KeptCache = KeptCache.RECOMPUTE
+    """For whoever changes its weights on the way."""
 
 
 # --- the walk ----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Asking a fleet's coordinator: status, pause, unpause, stop, with progress member by member.
+"""Asking a fleet's coordinator: status, pause, update, suspend, stop, with progress member by member.
 
 A command is named by (owner, command_id), and the coordinator carries it through once it has accepted it. So this client may
 lose its connection, or the coordinator its life: the command is sent again under the same name until its end is heard.
@@ -98,6 +98,34 @@ class FleetClient:
     ) -> CommandProgress:
         """Releases `owner`'s hold, or breaks that of another by name. Raises as `run`."""
         return await self.run(self.order("UNPAUSE", owner, timeout_s, break_hold_of=break_hold_of))
+
+    async def update_weights(
+        self,
+        version: str,
+        weights: str,
+        *,
+        owner: str,
+        kv: str = "recompute",
+        timeout_s: float = COMMAND_SECONDS_DEFAULT,
+    ) -> CommandProgress:
+        """While paused, every engine changes to the checkpoint directory `weights` (as the engines see it), which is called
+        `version` from then on. `kv`: what becomes of the KV of frozen requests, "recompute" or "keep".
+
+        Raises as `run`. After `CommandFailed` the weights are unknown: update again, or stop.
+        """
+        return await self.run(self.order("UPDATE", owner, timeout_s, version=version, weights=weights, kv=kv))
+
+    async def suspend(self, *, owner: str, timeout_s: float = COMMAND_SECONDS_DEFAULT) -> CommandProgress:
+        """While paused, every engine gives its memory back; requests are kept. Raises as `run`."""
+        return await self.run(self.order("SUSPEND", owner, timeout_s))
+
+    async def resume(self, *, owner: str, timeout_s: float = COMMAND_SECONDS_DEFAULT) -> CommandProgress:
+        """Every engine takes its memory again; the fleet is paused then (vLLM's resume is our `unpause`). Raises as `run`."""
+        return await self.run(self.order("RESUME", owner, timeout_s))
+
+    async def drain(self, *, owner: str, timeout_s: float = COMMAND_SECONDS_DEFAULT) -> CommandProgress:
+        """Lets running requests end, then stops: carried through though this client may be gone. Raises as `run`."""
+        return await self.run(self.order("STOP", owner, timeout_s, composite=True, mode="wait"))
 
     async def stop(
         self, *, owner: str, timeout_s: float = COMMAND_SECONDS_DEFAULT, composite: bool = False

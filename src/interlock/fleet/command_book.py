@@ -55,7 +55,8 @@ def progress_of(record: CommandRecord, judged: Condition | None = None) -> Comma
     """What its listeners are told."""
     if judged is None or record.done:
         return CommandProgress(record.epoch, record.members, record.done, record.ok, record.message)
-    return CommandProgress(record.epoch, members_of(judged), judged.done, judged.ok, judged.message)
+    # The first half of a composite may be judged done: the command is not, and whoever hears *done* stops listening.
+    return CommandProgress(record.epoch, members_of(judged), False, False, judged.message)
 
 
 def members_of(judged: Condition) -> list[MemberProgress]:

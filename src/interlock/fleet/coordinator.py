@@ -24,6 +24,7 @@ from interlock.core.fleet_state import (
     Heard,
     Persist,
     Phase,
+    Remembered,
     Settled,
     StepDown,
     TellMembers,
@@ -38,6 +39,7 @@ from interlock.core.targets import State
 from interlock.fleet.command_book import CommandBook, judge, progress_of
 from interlock.fleet.coordinator_state import CommandRecord, StateFile
 from interlock.fleet.members import Members
+from interlock.fleet.peer_book import PeerBook
 from interlock.fleet.words import commanded, hold_in_words, target_in_types, target_in_words
 from interlock.host.base import Host, Listener
 from interlock.telemetry.events import EventLog
@@ -47,8 +49,8 @@ from interlock.wire.envelope import Rejected
 from interlock.wire.identity import Identity
 
 TICK_SECONDS = 0.1
-BUILT = frozenset({Verb.PAUSE, Verb.UNPAUSE, Verb.STOP})
-"""Commands whose members' side exists. The table in core has more; those are refused by name until they do."""
+NEEDED = {Verb.UPDATE: "updates", Verb.SUSPEND: "suspends", Verb.RESUME: "suspends"}
+"""What every engine must be able to do (`EngineFacts.capabilities`) for a command to be begun."""
 
 
 class CoordinatorConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,6 +93,7 @@ class Coordinator:
         self._book = CommandBook()
         self._listeners: dict[tuple[str, str], list[Listening]] = {}
         self._watchers: dict[Channel, None] = {}
+        self._peers = PeerBook()
         self._changed = asyncio.Event()
         self._unsaved_members = False
         self._settled = False
@@ -221,7 +224,13 @@ class Coordinator:
         fleet = self.fleet
         holds = [hold_in_words(hold) for hold in fleet.holds]
         return say.Membership(
-            fleet.epoch, fleet.state, fleet.version, holds, self._members.listing(fleet.epoch)
+            fleet.epoch,
+            fleet.state,
+            fleet.version,
+            holds,
+            self._members.listing(fleet.epoch),
+            fleet.weights,
+            fleet.kv,
         )
 
     async def _send(self, channel: Channel, body: msgspec.Struct, answers: int = 0) -> None:
@@ -305,14 +314,7 @@ class Coordinator:
         """Raises `CommandRefused`, or ValueError in words; then nothing has changed."""
         event = commanded(ask, self._host.clock.monotonic_s())
         fleet, effects = transition(self.fleet, event)
-        if event.command not in BUILT:
-            raise CommandRefused(
-                f"{event.command} is not built yet: no engine of this fleet can do it",
-                hint="PAUSE, UNPAUSE and STOP are",
-                command=event.command,
-                state=self.fleet.state,
-                epoch=self.fleet.epoch,
-            )
+        self._check_able(event.command)
         if self._book.full:
             raise CommandRefused("too many commands are under way", hint="ask again later", retryable=True)
         record = CommandRecord(
@@ -331,6 +333,24 @@ class Coordinator:
         self._events.emit("command", owner=ask.owner, command=event.command, epoch=fleet.epoch)
         return record
 
+    def _check_able(self, command: Verb) -> None:
+        """A fleet of which one engine cannot follow would stand half way: refused before anything has changed."""
+        needed = NEEDED.get(command)
+        unable = [member.name for member in self._members.known() if needed not in member.facts.capabilities]
+        if needed is not None and unable:
+            why, hint = f"{', '.join(unable)} cannot do it", "STOP the fleet and start it anew instead"
+        elif command is Verb.START:
+            why, hint = "this coordinator launches nothing", "start the fleet again with `interlock serve`"
+        else:
+            return
+        raise CommandRefused(
+            f"{command} is refused at epoch {self.fleet.epoch}: {why}",
+            hint=hint,
+            command=command,
+            state=self.fleet.state,
+            epoch=self.fleet.epoch,
+        )
+
     # --- what is heard --------------------------------------------------------------------------------------------
 
     async def _serve(self, channel: Channel) -> None:
@@ -340,15 +360,14 @@ class Coordinator:
         finally:
             self._members.unbind(channel)
             self._watchers.pop(channel, None)
+            self._peers.drop(channel)
 
     async def _hear(self, channel: Channel, received: Received) -> None:
         match received.body:
             case say.MemberReport() as said:
                 await self._report(channel, received, said)
             case say.WatchMembership():
-                self._watchers[channel] = None
-                if self.fleet.phase is Phase.LEADING:
-                    await self._send(channel, self._membership())
+                await self._watch(channel, received)
             case say.GetStatus() if self.fleet.phase is Phase.LEADING:
                 await self._send(channel, self._membership(), received.number)
             case say.GetStatus():
@@ -356,8 +375,30 @@ class Coordinator:
                 await channel.fault(received, "recovering", why, retryable=True)
             case say.MemberGone(name, incarnation):
                 await self._gone(channel, received, name, incarnation)
+            case say.Announce() | say.FindPeer():
+                await self._peers.hear(channel, received, self._host.clock.monotonic_s())
             case say.Command() as ask:
                 await self._command(channel, received, ask)
+
+    async def _watch(self, channel: Channel, received: Received) -> None:
+        """A front may know what this coordinator forgot: that is heard before it is told anything."""
+        assert isinstance(received.body, say.WatchMembership)
+        known = received.body.heard
+        try:
+            if known is not None:
+                await self._apply(*transition(self.fleet, Remembered(target_in_types(known))))
+        except ValueError as error:
+            await channel.fault(received, "invalid", str(error))
+            return
+        except OSError as error:
+            self._events.emit("state_not_kept", reason=str(error))
+            await channel.close()  # it comes again, and tells again
+            return
+        for life in received.body.over:
+            self._members.forbid(life.name, life.incarnation)
+        self._watchers[channel] = None
+        if self.fleet.phase is Phase.LEADING:
+            await self._send(channel, self._membership())
 
     async def _gone(self, channel: Channel, received: Received, name: str, incarnation: int) -> None:
         """Answered once it is kept: until then the launcher says it again."""

@@ -15,6 +15,7 @@ from interlock.core.fleet_state import FleetState
 from interlock.core.identity import Epoch
 from interlock.core.limits import COORDINATOR_STATE_BYTES_MAX
 from interlock.host.base import Host
+from interlock.host.sealed import seal, unseal
 from interlock.wire.fleet_messages import EngineFacts, MemberProgress
 
 FILE = "coordinator.json"
@@ -67,13 +68,16 @@ class StateFile:
         self._host, self._path = host, state_dir / FILE
 
     def load(self) -> tuple[Stored | None, str]:
-        """The state as of now, and why there is none. Deadlines are moved to this boot's monotonic clock."""
+        """The state as of now, and why there is none. Deadlines are moved to this boot's monotonic clock.
+
+        Raises `OSError`: a disk that fails now has not lost the state, and it must not be written over.
+        """
         try:
             data = self._host.files.read(self._path, COORDINATOR_STATE_BYTES_MAX)
             if data is None:
                 return None, f"{self._path} does not exist"
-            stored = msgspec.json.decode(data, type=Stored)
-        except (OSError, ValueError, msgspec.MsgspecError) as error:
+            stored = msgspec.json.decode(unseal(data), type=Stored)
+        except (ValueError, msgspec.MsgspecError) as error:
             return None, f"{self._path} cannot be read: {error}"
         return self._moved(stored), ""
 
@@ -87,7 +91,7 @@ class StateFile:
             wall_ns=clock.wall_ns(),
             monotonic_s=clock.monotonic_s(),
         )
-        data = msgspec.json.encode(stored)
+        data = seal(msgspec.json.encode(stored))
         if len(data) > COORDINATOR_STATE_BYTES_MAX:
             raise OSError(f"{len(data)} bytes of state, {COORDINATOR_STATE_BYTES_MAX} are read back at most")
         self._host.files.write_durably(self._path, data)

@@ -19,7 +19,7 @@ from interlock.fleet.client import FleetClient
 from interlock.fleet.engine_link import EngineLink
 from interlock.fleet.generation import Generated, Generation, NoMember, Overloaded, RequestFailed
 from interlock.fleet.ledger import GenerationRequest, Ledger, Life
-from interlock.fleet.membership_view import MembershipView
+from interlock.fleet.membership_view import ENDED, MembershipView
 from interlock.fleet.requests import Requests
 from interlock.fleet.router import life_of, may_take_work
 from interlock.host.base import Host
@@ -41,7 +41,6 @@ __all__ = [
 _log = logging.getLogger(__name__)
 TICK_SECONDS = 0.1
 """How late a deadline, a silence or the end of a block may be noticed."""
-ENDED = (Sight.LOST, State.STOPPED)
 
 
 class Dispatcher:
@@ -82,7 +81,9 @@ class Dispatcher:
 
     async def start(self) -> None:
         self.stale = asyncio.get_running_loop().create_future()
-        self._view = MembershipView(self._host, self._me, self._address, self._on_membership, self.on_stale)
+        self._view = MembershipView(
+            self._host, self._me, self._address, self._on_membership, self.on_stale, self._over
+        )
         self._tasks = [
             asyncio.create_task(self._pump(), name="dispatcher pump"),
             asyncio.create_task(self._tick(), name="dispatcher tick"),

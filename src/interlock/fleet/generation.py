@@ -38,10 +38,17 @@ class RequestFailed(InterlockError):  # noqa: N818
         self.message = message
 
 
+class Made(msgspec.Struct, frozen=True):
+    """So many tokens in a row were made by these weights."""
+
+    version: str
+    tokens: int
+
+
 class Generated(msgspec.Struct, frozen=True):
     """New tokens since the last piece. `finish` is not empty in the last one: "stop", "length" or "abort".
 
-    `logprobs` has one entry a token when the request asked for them. `cached_tokens` counts the tokens of the client's
+    `logprobs` has one entry a token when the request asked for them. `made`: by which weights, in order. `cached_tokens` counts the tokens of the client's
     prompt whose KV was reused where the request first ran. `detail`: the stop token's id, if one ended it.
     """
 
@@ -50,6 +57,7 @@ class Generated(msgspec.Struct, frozen=True):
     finish: str
     cached_tokens: int
     detail: str = ""
+    made: list[Made] = []
 
 
 class Generation:
@@ -67,6 +75,7 @@ class Generation:
         self._abort = abort
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
+        self._made: list[Made] = []
         self._finish = self._detail = ""
         self._cached: int | None = None
         self._error: InterlockError | None = None
@@ -81,8 +90,10 @@ class Generation:
             raise StopAsyncIteration
         await self._filled.wait()
         if self._tokens or self._finish:
-            piece = Generated(self._tokens, self._logprobs, self._finish, self._cached or 0, self._detail)
-            self._tokens, self._logprobs = [], []
+            piece = Generated(
+                self._tokens, self._logprobs, self._finish, self._cached or 0, self._detail, self._made
+            )
+            self._tokens, self._logprobs, self._made = [], [], []
             self._over = bool(self._finish)
             if self._error is None:
                 self._filled.clear()
@@ -99,7 +110,13 @@ class Generation:
     # --- the dispatcher's side ------------------------------------------------------------------------------------
 
     def push(
-        self, tokens: list[int], logprobs: list[TokenLogprobs], finish: str, cached: int, detail: str
+        self,
+        tokens: list[int],
+        logprobs: list[TokenLogprobs],
+        finish: str,
+        cached: int,
+        detail: str,
+        version: str = "",
     ) -> bool:
         """False: the reader is so far behind that nothing more is kept for it."""
         if len(self._tokens) + len(tokens) > STREAM_TOKENS_BUFFER_MAX:
@@ -107,6 +124,8 @@ class Generation:
         if self._cached is None:
             self._cached = min(cached, len(self.request.prompt))
         self._tokens += tokens
+        if tokens:
+            self._made = extended(self._made, Made(version, len(tokens)))
         self._logprobs += logprobs
         if finish:
             self._finish, self._detail = finish, detail
@@ -123,5 +142,12 @@ class Generation:
     def close(self) -> None:
         """Aborted by its own reader: nothing more comes."""
         self._over = True
-        self._tokens, self._logprobs = [], []
+        self._tokens, self._logprobs, self._made = [], [], []
         self._filled.set()
+
+
+def extended(made: list[Made], more: Made) -> list[Made]:
+    """One entry for each change of weights."""
+    if made and made[-1].version == more.version:
+        return [*made[:-1], Made(more.version, made[-1].tokens + more.tokens)]
+    return [*made, more]

@@ -52,7 +52,7 @@ class Members:
         self._host, self._exit_is_proof, self._on_change = host, exit_is_proof, on_change
         self._seats: dict[str, Seat] = {}
         self._ends: dict[str, int] = {}
-        """Ends told of names that have no seat: the highest life that is over."""
+        """Ends told of names that had no seat, or by fronts: the highest life that is over."""
 
     def restore(self, known: Iterable[KnownMember]) -> None:
         """Lives of which the last coordinator knew: awaited, and suspect until they are heard."""
@@ -100,10 +100,10 @@ class Members:
         """
         name, incarnation = channel.peer.name, channel.peer.incarnation
         event = Reported(incarnation, State(said.state), said.epoch, said.standing, said.version, said.failed)
+        if incarnation <= self._ends.get(name, 0):
+            return AnswerStale(self._ends[name])
         seat = self._seats.get(name)
         if seat is None:
-            if incarnation <= self._ends.get(name, 0):
-                return AnswerStale(self._ends[name])
             seat = self._take_seat(name, register(name, event), said)
             self._on_change(seat.record)
         else:
@@ -130,6 +130,12 @@ class Members:
                 self._ends[name] = max(self._ends.get(name, 0), incarnation)
             return
         self._event(seat, Gone(incarnation))
+
+    def forbid(self, name: str, incarnation: int) -> None:
+        """A front's word: up to this life all are over. No proof of anybody's exit, so a seat stays as it is; but who reports as
+        such a life is told so, leaves, and comes back as a newer one."""
+        if name in self._ends or len(self._ends) < MEMBERS_MAX:
+            self._ends[name] = max(self._ends.get(name, 0), incarnation)
 
     def look(self) -> None:
         """Whoever was not heard for too long is suspected."""

@@ -2,25 +2,31 @@
 
 The link is made again for ever. A coordinator that is dead, or has lost its state and is not sure yet, says nothing; the
 last membership then stays in force, so that no stream notices. A word of an epoch lower than one heard is an old
-coordinator's and is dropped.
+coordinator's and is dropped; it is told what we know, so that it stops or, having lost its state, leads above it.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from interlock.core.errors import InterlockError, StaleError
 from interlock.core.limits import (
     HELLO_SECONDS_MAX,
+    MEMBERS_MAX,
     RECONNECT_SECONDS_MAX,
     RECONNECT_SECONDS_MIN,
     SILENCE_SECONDS_MAX,
 )
+from interlock.core.roster import Sight
+from interlock.core.targets import Mode, State
 from interlock.host.base import Host
 from interlock.wire.channel import Channel, connect_channel
-from interlock.wire.fleet_messages import Membership, WatchMembership
+from interlock.wire.fleet_messages import LifeOver, Member, Membership, Target, WatchMembership
 from interlock.wire.identity import Identity
+
+ENDED = (Sight.LOST, State.STOPPED)
+"""Words for members that take no work again."""
 
 
 class MembershipView:
@@ -33,11 +39,14 @@ class MembershipView:
         address: str,
         on_change: Callable[[Membership], None],
         on_stale: Callable[[Exception], None],
+        over: Mapping[str, int] | None = None,
     ) -> None:
+        """`over`, read anew each time: by name, the highest life that is known to be over."""
         self.current: Membership | None = None
         self.last_error = "not connected yet"
         self._host, self._me, self._address = host, me, address
         self._on_change, self._on_stale = on_change, on_stale
+        self._over: Mapping[str, int] = {} if over is None else over
         self._channel: Channel | None = None
         self._task = asyncio.create_task(self._run(), name="membership")
         self._task.add_done_callback(self._on_end)
@@ -81,9 +90,25 @@ class MembershipView:
             await self._host.clock.sleep_s(pause_s)
             pause_s = min(2 * pause_s, RECONNECT_SECONDS_MAX)
 
+    def _watch(self) -> WatchMembership:
+        over = [LifeOver(name, life) for name, life in self._over.items()]
+        return WatchMembership(self._heard(), over[-MEMBERS_MAX:])
+
+    def _is_over(self, member: Member) -> bool:
+        return member.state not in ENDED and member.incarnation < self._over.get(member.name, 0)
+
+    def _heard(self) -> Target | None:
+        """What we were told last, as a member would say it; the mode that counts is that of the holds."""
+        known = self.current
+        if known is None:
+            return None
+        return Target(
+            known.epoch, known.target, Mode.KEEP, known.version, known.holds, known.weights, known.kv
+        )
+
     async def _follow(self, channel: Channel) -> None:
         self._channel = channel
-        await channel.send(WatchMembership())
+        await channel.send(self._watch())
         async for received in channel.messages():
             word = received.body
             if not isinstance(word, Membership):
@@ -91,7 +116,12 @@ class MembershipView:
             known = self.current
             if known is not None and word.epoch < known.epoch:
                 self.last_error = f"{channel.peer} speaks of epoch {word.epoch}, {known.epoch} is known"
+                await channel.send(self._watch())
                 continue
+            if any(self._is_over(member) for member in word.members):
+                await channel.send(
+                    self._watch()
+                )  # a coordinator that started again has forgotten that life's successor
             self.current = word
             if word != known:
                 self._on_change(word)

@@ -19,13 +19,13 @@ from interlock.core.limits import (
     REQUEST_SECONDS_MAX,
     RETRY_AFTER_SECONDS,
 )
-from interlock.fleet.continuation import Complete, Continue, Decision, Refuse, decide
 from interlock.fleet.engine_link import EngineLink
 from interlock.fleet.generation import Generation, Overloaded, RequestFailed
 from interlock.fleet.ledger import Entry, GenerationRequest, Heard, Ledger, Life, Verdict
 from interlock.fleet.router import choose, life_of
 from interlock.host.base import Clock
 from interlock.telemetry.events import EventLog
+from interlock.text.continuation import Complete, Continue, Decision, Refuse, decide
 from interlock.wire.engine_messages import (
     Abort,
     Acknowledge,
@@ -182,7 +182,9 @@ class Requests:
         entry = self._entry(delta.request)
         finish = "" if heard.finish == "error" else heard.finish
         generation = self._generations[delta.request]
-        if not generation.push(heard.tokens, heard.logprobs, finish, delta.cached_tokens, delta.detail):
+        if not generation.push(
+            heard.tokens, heard.logprobs, finish, delta.cached_tokens, delta.detail, delta.version
+        ):
             waiting = "its reader is more tokens behind than are kept for it"
             self._fail(entry, RequestFailed("slow_reader", f"request {delta.request} was ended: {waiting}"))
         elif finish:

@@ -30,6 +30,7 @@ from interlock.core.targets import State
 from interlock.fleet.client import FleetClient
 from interlock.fleet.launchers.local import LocalLauncher, Part
 from interlock.host.base import Child, Host
+from interlock.wire.identity import incarnation_in
 
 _log = logging.getLogger(__name__)
 
@@ -274,9 +275,9 @@ class Supervisor:
         """Reads which life it was before a next one begins, and tells the coordinator until that has heard it."""
         try:
             data = self._host.files.read(self._plan.states / name / "identity.json", IDENTITY_BYTES_MAX)
-            incarnation = msgspec.json.decode(data)["incarnation"] if data else 0
-        except (ValueError, KeyError, TypeError):
-            incarnation = 0
+        except (OSError, ValueError):
+            data = None
+        incarnation = incarnation_in(data)
         if not incarnation:
             return  # it had not begun a life
         task = asyncio.create_task(self._repeat_gone(name, incarnation), name=f"gone {name}")

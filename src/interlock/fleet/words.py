@@ -5,7 +5,7 @@ from __future__ import annotations
 from interlock.core.fleet_state import Commanded
 from interlock.core.limits import NAME_CHARS_MAX, REQUEST_SECONDS_MAX
 from interlock.core.targets import Command as Verb
-from interlock.core.targets import Hold, Mode, State
+from interlock.core.targets import Hold, KeptCache, Mode, State
 from interlock.core.targets import Target as CoreTarget
 from interlock.wire import fleet_messages as say
 
@@ -16,13 +16,23 @@ def hold_in_words(hold: Hold) -> say.Hold:
 
 def target_in_words(target: CoreTarget) -> say.Target:
     holds = [hold_in_words(hold) for hold in target.holds]
-    return say.Target(target.epoch, target.state, target.mode, target.version, holds)
+    return say.Target(
+        target.epoch, target.state, target.mode, target.version, holds, target.weights, target.kv
+    )
 
 
 def target_in_types(target: say.Target) -> CoreTarget:
     """Raises ValueError for words that do not exist."""
     holds = tuple(Hold(hold.owner, Mode(hold.mode), hold.deadline_s) for hold in target.holds)
-    return CoreTarget(target.epoch, State(target.state), Mode(target.mode), target.version, holds)
+    return CoreTarget(
+        target.epoch,
+        State(target.state),
+        Mode(target.mode),
+        target.version,
+        holds,
+        target.weights,
+        KeptCache(target.kv),
+    )
 
 
 def commanded(ask: say.Command, now_s: float) -> Commanded:
@@ -35,6 +45,8 @@ def commanded(ask: say.Command, now_s: float) -> Commanded:
         raise ValueError(f"{ask.command[:NAME_CHARS_MAX]!r} is no command; there are {', '.join(Verb)}")
     if ask.mode not in set(Mode):
         raise ValueError(f"{ask.mode[:NAME_CHARS_MAX]!r} is no pause mode; there are {', '.join(Mode)}")
+    if ask.kv not in set(KeptCache):
+        raise ValueError(f"kv is {ask.kv[:NAME_CHARS_MAX]!r}; it is one of {', '.join(KeptCache)}")
     for field in ("command_id", "version", "break_hold_of"):
         if len(getattr(ask, field) or "") > NAME_CHARS_MAX:
             raise ValueError(f"{field} must have at most {NAME_CHARS_MAX} characters")
@@ -44,6 +56,8 @@ def commanded(ask: say.Command, now_s: float) -> Commanded:
         Mode(ask.mode),
         None if ask.hold_seconds is None else now_s + ask.hold_seconds,
         ask.version,
+        ask.weights,
+        KeptCache(ask.kv),
         ask.break_hold_of,
         ask.composite,
     )

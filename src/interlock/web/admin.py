@@ -1,4 +1,4 @@
-"""GET /interlock/status, POST /interlock/pause, POST /interlock/unpause: the coordinator's commands over HTTP.
+"""GET /interlock/status, POST /interlock/pause, unpause, update, suspend, resume: the coordinator's commands over HTTP.
 
 Who may: the admin token of the run directory, or the API key. Where neither exists nobody may.
 """
@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 from interlock.core.errors import ChannelFault, InterlockError
 from interlock.core.limits import (
     COMMAND_SECONDS_DEFAULT,
+    FACT_CHARS_MAX,
     NAME_CHARS_MAX,
     REQUEST_SECONDS_MAX,
     RETRY_AFTER_SECONDS,
@@ -45,8 +46,25 @@ class UnpauseQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     break_hold_of: Owner | None = None
 
 
+class UpdateQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    version: Owner
+    weights: Annotated[str, Meta(min_length=1, max_length=FACT_CHARS_MAX)]
+    """Checkpoint directory, as the engines see it."""
+    kv: Literal["recompute", "keep"] = "recompute"
+    owner: Owner = "http"
+    timeout_s: Seconds = COMMAND_SECONDS_DEFAULT
+
+
+class PlainQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    owner: Owner = "http"
+    timeout_s: Seconds = COMMAND_SECONDS_DEFAULT
+
+
+VERBS = ("pause", "unpause", "update", "suspend", "resume")
+
+
 class AdminEndpoint:
-    """An ASGI application for one admin path; `verb` is "status", "pause" or "unpause"."""
+    """An ASGI application for one admin path; `verb` is "status" or one of `VERBS`."""
 
     def __init__(self, front: Front, verb: str) -> None:
         self._front, self._verb = front, verb
@@ -96,6 +114,19 @@ class AdminEndpoint:
                     return await coordinator.unpause(
                         owner=query.owner, timeout_s=query.timeout_s, break_hold_of=query.break_hold_of
                     )
+                case "update":
+                    update = read_query(scope, UpdateQuery)
+                    return await coordinator.update_weights(
+                        update.version,
+                        update.weights,
+                        kv=update.kv,
+                        owner=update.owner,
+                        timeout_s=update.timeout_s,
+                    )
+                case "suspend" | "resume":
+                    plain = read_query(scope, PlainQuery)
+                    ask = coordinator.suspend if self._verb == "suspend" else coordinator.resume
+                    return await ask(owner=plain.owner, timeout_s=plain.timeout_s)
                 case _:
                     return await coordinator.status()
         except (InterlockError, OSError, TimeoutError) as error:

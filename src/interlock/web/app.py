@@ -12,7 +12,7 @@ from starlette.routing import Route
 
 from interlock.core.limits import RETRY_AFTER_SECONDS
 from interlock.core.targets import State
-from interlock.web.admin import AdminEndpoint
+from interlock.web.admin import VERBS, AdminEndpoint
 from interlock.web.answers import encoder
 from interlock.web.endpoints import chat_endpoint, check_use, completions_endpoint
 from interlock.web.errors import ApiError
@@ -31,8 +31,7 @@ def make_app(front: Front) -> Starlette:
         Route("/health", pages.health, methods=["GET"]),
         Route("/metrics", pages.metrics, methods=["GET"]),
         Route("/interlock/status", AdminEndpoint(front, "status"), methods=["GET"]),
-        Route("/interlock/pause", AdminEndpoint(front, "pause"), methods=["POST"]),
-        Route("/interlock/unpause", AdminEndpoint(front, "unpause"), methods=["POST"]),
+        *(Route(f"/interlock/{verb}", AdminEndpoint(front, verb), methods=["POST"]) for verb in VERBS),
     ]
     return Starlette(routes=routes, exception_handlers={HTTPException: unrouted, ApiError: told})
 

@@ -8,7 +8,7 @@ from contextlib import aclosing
 
 import msgspec
 
-from interlock.fleet.generation import Generation, RequestFailed
+from interlock.fleet.generation import Generation, Made, RequestFailed, extended
 from interlock.fleet.ledger import GenerationRequest
 from interlock.text.stream import TextStream
 from interlock.web.front import Front
@@ -48,6 +48,8 @@ class Choice:
             min_tokens=sampling.min_tokens,
         )
         self.cached_tokens = 0
+        self.made: list[Made] = []
+        """Which weights made its tokens, in order."""
         self.done = False
         self.generation: Generation = front.fleet.submit(
             GenerationRequest(
@@ -73,6 +75,7 @@ class Choice:
             text = stream.push(got.token_ids)
             taken = stream.tokens - before
             self.cached_tokens = got.cached_tokens
+            self._note(got.made, taken)
             finish: str | None = got.finish or None
             if stream.stopped is not None:
                 finish = "stop"
@@ -84,6 +87,14 @@ class Choice:
             if self.done:
                 return
         raise RequestFailed("closed", "the request was ended from within before its end", retryable=True)
+
+    def _note(self, made: list[Made], taken: int) -> None:
+        """Of a piece that a stop string cuts only the tokens that count."""
+        for span in made:
+            tokens = min(span.tokens, taken)
+            taken -= tokens
+            if tokens:
+                self.made = extended(self.made, Made(span.version, tokens))
 
     async def abort(self) -> None:
         if not self.done:
@@ -124,6 +135,11 @@ class Choices:
     def cached_tokens(self) -> int:
         """Of each prompt once: by its first choice, for the others find what that one computed."""
         return sum(choice.cached_tokens for choice in self._choices[:: self._job.best_of])
+
+    @property
+    def made(self) -> list[list[Made]]:
+        """Of each choice, which weights made its tokens."""
+        return [choice.made for choice in self._choices]
 
     def pieces(self) -> AsyncGenerator[Piece, None]:
         """The pieces of all choices as they come. To be closed (`aclosing`) when it is left early."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from interlock.fleet.generation import Made
+
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):
     cached_tokens: int
@@ -15,11 +17,17 @@ class Usage(msgspec.Struct, frozen=True):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    weights: list[list[Made]] | UnsetType = UNSET
+    """Ours: of each choice, as it was generated, how many tokens in a row were made by which version of the weights."""
 
 
-def usage_of(prompt_tokens: int, generated_tokens: int, cached_tokens: int) -> Usage:
+def usage_of(prompt_tokens: int, generated_tokens: int, cached_tokens: int, made: list[list[Made]]) -> Usage:
     return Usage(
-        prompt_tokens, generated_tokens, prompt_tokens + generated_tokens, PromptTokensDetails(cached_tokens)
+        prompt_tokens,
+        generated_tokens,
+        prompt_tokens + generated_tokens,
+        PromptTokensDetails(cached_tokens),
+        made if any(span.version for spans in made for span in spans) else UNSET,
     )
 
 

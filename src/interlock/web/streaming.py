@@ -115,7 +115,7 @@ class Run:
 
     def _usage(self) -> Usage:
         choices = self._choices
-        return usage_of(choices.prompt_tokens, choices.generated_tokens, choices.cached_tokens)
+        return usage_of(choices.prompt_tokens, choices.generated_tokens, choices.cached_tokens, choices.made)
 
     def _engine_header(self) -> Headers:
         engine = self._choices.engine

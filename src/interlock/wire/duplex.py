@@ -181,6 +181,15 @@ class Channel:
             self._inbox_filled.clear()
             await self._inbox_filled.wait()
 
+    def check_integrity(self) -> None:
+        """Raises AssertionError where messages wait and nobody is told: a wake-up was lost. Holds between any two steps."""
+        assert not self._inbox or self._inbox_filled.is_set(), (
+            f"messages of {self.peer} wait and no reader is told"
+        )
+        assert not self._outbox or self._outbox_filled.is_set(), (
+            f"messages to {self.peer} wait and are not sent"
+        )
+
     async def reply(self, received: Received, body: msgspec.Struct, fds: Sequence[int] = ()) -> None:
         await self.send(body, received.number, fds)
 

@@ -111,6 +111,8 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     """Prompt tokens whose KV was reused, from whatever cache; meaningful from the first delta on."""
     detail: str = ""
     """For "error": what happened, in words. For "stop": the stop token id, if one ended it."""
+    version: str = ""
+    """Of the weights that made these tokens, all of them."""
 
 
 class Tokens(Message, frozen=True):

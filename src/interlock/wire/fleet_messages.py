@@ -83,13 +83,30 @@ class Target(Message, frozen=True):
     mode: str
     version: str
     holds: Annotated[list[Hold], msgspec.Meta(max_length=HOLDS_MAX)] = []
+    weights: Annotated[str, msgspec.Meta(max_length=FACT_CHARS_MAX)] = ""
+    """Where the checkpoint of `version` lies; empty: what the engine was started with."""
+    kv: str = "recompute"
 
 
 # --- front <-> coordinator ---------------------------------------------------------------------------------------
 
 
+class LifeOver(msgspec.Struct, frozen=True):
+    """This life of that name is over, and so is every earlier one."""
+
+    name: Name
+    incarnation: int
+
+
 class WatchMembership(Message, frozen=True):
     """Send me `Membership` now, on each change and at every heartbeat."""
+
+    heard: Target | None = None
+    """The target of the highest epoch that this front was told: a coordinator that lost its state recovers from it, too, and
+    one that speaks of a lower epoch learns that fronts would drop its word."""
+    over: Annotated[list[LifeOver], msgspec.Meta(max_length=MEMBERS_MAX)] = []
+    """Lives that this front saw to end or saw succeeded: a coordinator that forgot them must not take an older one (a clock that
+    stepped back, a state directory lost) for a member, which no front would believe."""
 
 
 class Member(msgspec.Struct, frozen=True):
@@ -110,6 +127,8 @@ class Membership(Message, frozen=True):
     version: str
     holds: Annotated[list[Hold], msgspec.Meta(max_length=HOLDS_MAX)]
     members: Annotated[list[Member], msgspec.Meta(max_length=MEMBERS_MAX)]
+    weights: Annotated[str, msgspec.Meta(max_length=FACT_CHARS_MAX)] = ""
+    kv: str = "recompute"
 
 
 # --- launcher -> coordinator -------------------------------------------------------------------------------------
@@ -141,7 +160,11 @@ class Command(Message, frozen=True):
     allow_unknown: bool = False
     break_hold_of: str | None = None
     version: str | None = None
-    """UPDATE, START: which weights."""
+    """UPDATE, START: what the weights are called from then on."""
+    weights: Annotated[str, msgspec.Meta(max_length=FACT_CHARS_MAX)] = ""
+    """UPDATE, START: the checkpoint directory, as the engines see it."""
+    kv: str = "recompute"
+    """UPDATE: what becomes of the KV of frozen requests: "recompute" or "keep"."""
     composite: bool = False
     """STOP from RUNNING: pause first, then stop, though the client may be gone by then."""
 
@@ -171,8 +194,30 @@ class GetStatus(Message, frozen=True):
     pass
 
 
+# --- transfer engines <-> coordinator: who is where -----------------------------------------------------------------
+
+
+class Announce(Message, frozen=True):
+    """I, the sender, am reached at `address` for transfers. Repeated within DIRECTORY_LEASE_SECONDS; moves of others are told
+    as `PeerAddress` on the same channel."""
+
+    address: Annotated[str, msgspec.Meta(min_length=1, max_length=FACT_CHARS_MAX)]
+
+
+class FindPeer(Message, frozen=True):
+    """Where is `name`? Answered by `PeerAddress`, or a `Fault` ("unknown_peer")."""
+
+    name: Name
+
+
+class PeerAddress(Message, frozen=True):
+    name: Name
+    incarnation: int
+    address: Annotated[str, msgspec.Meta(max_length=FACT_CHARS_MAX)]
+
+
 FromEngine = MemberReport
 FromFront = WatchMembership
 FromAdmin = Command | GetStatus | MemberGone
-ToCoordinator = MemberReport | WatchMembership | MemberGone | Command | GetStatus
+ToCoordinator = MemberReport | WatchMembership | MemberGone | Command | GetStatus | Announce | FindPeer
 FromCoordinator = Target | Membership | CommandAccepted | CommandProgress

@@ -18,6 +18,7 @@ from interlock.core.errors import LocalProtocolError, StaleError
 from interlock.core.identity import next_incarnation
 from interlock.core.limits import NAME_CHARS_MAX, PEERS_KNOWN_MAX
 from interlock.host.base import Clock, Files
+from interlock.host.sealed import seal, unseal
 from interlock.wire.envelope import Rejected
 
 FILE_BYTES_MAX = 4096
@@ -99,7 +100,9 @@ class DurableIdentity(Identity):
         self._files, self._path, self._clock = files, path, clock
 
     def store(self) -> None:
-        self._files.write_durably(self._path, msgspec.json.encode(_Stored(self._name, self._incarnation)))
+        self._files.write_durably(
+            self._path, seal(msgspec.json.encode(_Stored(self._name, self._incarnation)))
+        )
 
     def raise_above(self, highest: int, by: str) -> None:
         if self._accepted:
@@ -114,7 +117,15 @@ class DurableIdentity(Identity):
         """Else a name whose state was lost and whose clock stepped back would begin lives below the known one for ever."""
         stored = _Stored(self._name, self._incarnation, above=highest)
         with contextlib.suppress(OSError):  # then the next life is refused once more
-            self._files.write_durably(self._path, msgspec.json.encode(stored))
+            self._files.write_durably(self._path, seal(msgspec.json.encode(stored)))
+
+
+def incarnation_in(data: bytes | None) -> int:
+    """The life that an identity file names, for whoever saw it end; 0 where the file is absent or not whole."""
+    try:
+        return msgspec.json.decode(unseal(data), type=_Stored).incarnation if data else 0
+    except (msgspec.MsgspecError, ValueError):
+        return 0
 
 
 class MachineState(Protocol):
@@ -137,7 +148,7 @@ def load_identity(host: MachineState, state_dir: Path, name: str) -> DurableIden
     data = host.files.read(path, FILE_BYTES_MAX)
     if data is not None:
         try:
-            found = msgspec.json.decode(data, type=_Stored)
+            found = msgspec.json.decode(unseal(data), type=_Stored)
         except (msgspec.MsgspecError, ValueError) as error:
             raise LocalProtocolError(
                 f"{path} is unreadable: {error}", hint="remove it: the wall clock then stands in"

@@ -1,7 +1,7 @@
 """What store clients and a store node say to each other. One question, one answer; a `Fault` is always a possible answer.
 
 Keys are 32-byte block keys (`core/prefixes`). Slots are numbers in the slab of one node incarnation. Checksums are
-unsigned 64-bit integers, one per KV head of the shard they came from, in head order.
+unsigned 64-bit integers, one per (layer group, KV head) of the shard they came from, group by group (core/layouts).
 """
 
 from __future__ import annotations
@@ -11,11 +11,24 @@ from typing import Annotated
 import msgspec
 
 from interlock.core.layouts import KVLayout, Shard
-from interlock.core.limits import BLOCKS_PER_CALL_MAX, HEADS_MAX
+from interlock.core.limits import (
+    BLOCKS_LISTED_MAX,
+    BLOCKS_PER_CALL_MAX,
+    BLOCKS_VERIFIED_MAX,
+    CHANGES_PER_CALL_MAX,
+    CHECKSUMS_PER_BLOCK_MAX,
+    JOIN_SECONDS_MAX,
+    LAYER_GROUPS_MAX,
+    TENANT_CHARS_MAX,
+    WATCH_SECONDS_MAX,
+)
 
 Key = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 Keys = Annotated[list[Key], msgspec.Meta(max_length=BLOCKS_PER_CALL_MAX)]
-Checksums = Annotated[list[int], msgspec.Meta(max_length=HEADS_MAX)]
+Tenant = Annotated[str, msgspec.Meta(max_length=TENANT_CHARS_MAX)]
+HexPrefix = Annotated[str, msgspec.Meta(max_length=64, pattern="^[0-9a-f]*$")]
+Checksums = Annotated[list[int], msgspec.Meta(max_length=CHECKSUMS_PER_BLOCK_MAX)]
+Cuts = Annotated[list[int], msgspec.Meta(max_length=LAYER_GROUPS_MAX)]
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -41,6 +54,8 @@ class Attach(Message, frozen=True):
     """The rectangle of each block that this rank holds and writes; empty where a lower rank holds the same heads."""
     writes: bool = True
     """False: this rank only reads. It gets a read-only descriptor and its engine is never granted a write."""
+    leads: bool = False
+    """True: I am the one rank of an engine of one and its scheduler as well (a program that puts and gets blocks)."""
 
 
 class Match(Message, frozen=True):
@@ -59,6 +74,10 @@ class StartWrite(Message, frozen=True):
     attempt: int
     keys: Keys
     parents: Annotated[list[bytes], msgspec.Meta(max_length=BLOCKS_PER_CALL_MAX)]
+    tenant: str = ""
+    """Against whose quota the blocks count; the salt of their keys is the caller's own affair."""
+    wait_s: Annotated[float, msgspec.Meta(ge=0.0, le=JOIN_SECONDS_MAX)] = 0.0
+    """How long to wait for keys that another session is writing, before the answer; 0: they are left to it at once."""
 
 
 class Report(Message, frozen=True):
@@ -100,7 +119,63 @@ class GetStats(Message, frozen=True):
 
 
 class Clear(Message, frozen=True):
-    """Administrator's verb: forget every published block that nobody is writing."""
+    """Administrator's verb: forget every block that was published before this was said. Done in slices."""
+
+
+class Remove(Message, frozen=True):
+    """Administrator's verb: forget the blocks of `tenant` (what is being written for him included), or those whose key
+    begins with these hexadecimal digits, or those that both are said of, or just `keys`. Done in slices."""
+
+    tenant: Tenant | None = None
+    prefix: HexPrefix = ""
+    keys: Annotated[list[Key], msgspec.Meta(max_length=BLOCKS_PER_CALL_MAX)] = msgspec.field(
+        default_factory=list
+    )
+
+
+class Pin(Message, frozen=True):
+    """Keep the longest prefix of `keys` that is here from being evicted, for `seconds` or until my process ends.
+
+    The connection has to be attached. A pin of the same name is replaced. Answered by `Done` with the number of blocks.
+    """
+
+    name: str
+    keys: Keys
+    seconds: float
+
+
+class Unpin(Message, frozen=True):
+    name: str
+
+
+class ListBlocks(Message, frozen=True):
+    """One page of the published blocks: those that stand in the next slots from `cursor` on. 0 begins."""
+
+    cursor: Annotated[int, msgspec.Meta(ge=0)] = 0
+    limit: Annotated[int, msgspec.Meta(ge=1, le=BLOCKS_LISTED_MAX)] = BLOCKS_LISTED_MAX
+    """Slots to look at."""
+    tenant: Tenant | None = None
+    prefix: HexPrefix = ""
+
+
+class VerifyBlocks(Message, frozen=True):
+    """Check the bytes of the blocks that stand in the next slots from `cursor` on; those that fail leave the index."""
+
+    cursor: Annotated[int, msgspec.Meta(ge=0)] = 0
+    limit: Annotated[int, msgspec.Meta(ge=1, le=BLOCKS_VERIFIED_MAX)] = BLOCKS_VERIFIED_MAX
+
+
+class WatchChanges(Message, frozen=True):
+    """What changed after number `after` in the index of slab `slab`; waits up to `wait_s` for something to happen."""
+
+    slab: int
+    after: Annotated[int, msgspec.Meta(ge=0)]
+    limit: Annotated[int, msgspec.Meta(ge=1, le=CHANGES_PER_CALL_MAX)] = CHANGES_PER_CALL_MAX
+    wait_s: Annotated[float, msgspec.Meta(ge=0.0, le=WATCH_SECONDS_MAX)] = 0.0
+
+
+class GetTenants(Message, frozen=True):
+    """Who uses how much."""
 
 
 # --- from the node -----------------------------------------------------------------------------------------------
@@ -113,11 +188,13 @@ class Attached(Message, frozen=True):
     slots: int
 
 
-class Location(msgspec.Struct, frozen=True, array_like=True):
-    """Where a published block stands: its slot, and the checksum of every head of the canonical layout."""
+class Location(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Where a published block stands: its slot, and the checksum of every (layer group, head) of the canonical layout."""
 
     slot: int
     checksums: Checksums
+    cuts: Cuts = msgspec.field(default_factory=list)
+    """Layers at which its layer groups after the first begin: its writers' pipeline, not the reader's."""
 
 
 class Matched(Message, frozen=True):
@@ -125,9 +202,11 @@ class Matched(Message, frozen=True):
 
     slab: int
     locations: Annotated[list[Location], msgspec.Meta(max_length=BLOCKS_PER_CALL_MAX)]
+    coming: int = 0
+    """So many further keys are on their way from disk: whoever asks again soon is told where they are."""
 
 
-class Grant(msgspec.Struct, frozen=True, array_like=True):
+class Grant(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """`index` into the asked keys, and the slot to write that block to."""
 
     index: int
@@ -139,6 +218,69 @@ class WriteStarted(Message, frozen=True):
 
     slab: int
     grants: Annotated[list[Grant], msgspec.Meta(max_length=BLOCKS_PER_CALL_MAX)]
+    under_way: int = 0
+    """So many of the asked keys another session is writing; they are left to it."""
+    present: int = 0
+    """So many of them are here already."""
+
+
+class Listed(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A published block, as a listing shows it."""
+
+    key: bytes
+    parent: bytes
+    slot: int
+    size_bytes: int
+    block_tokens: int
+    tenant: str = ""
+    pinned: bool = False
+
+
+class BlockPage(Message, frozen=True):
+    """`sequence` is the number of the last change when this page was made; `next` where to go on, None at the end."""
+
+    slab: int
+    sequence: int
+    blocks: Annotated[list[Listed], msgspec.Meta(max_length=BLOCKS_LISTED_MAX)]
+    next: int | None
+
+
+class Verified(Message, frozen=True):
+    """So many blocks were checked; `bad` failed and were forgotten."""
+
+    checked: int
+    bad: Annotated[list[bytes], msgspec.Meta(max_length=BLOCKS_VERIFIED_MAX)]
+    next: int | None
+
+
+class ChangedBlock(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A block came ("stored") or left ("removed"). `medium` in vLLM's words: "CPU" is the slab, "STORAGE" the disk."""
+
+    kind: str
+    key: bytes
+    parent: bytes
+    block_tokens: int
+    tenant: str
+    medium: str
+
+
+class Changes(Message, frozen=True):
+    """Changes up to number `last`. `gap`: some are forgotten; list the blocks, then watch from the first page's `sequence`."""
+
+    slab: int
+    last: int
+    gap: bool
+    changes: Annotated[list[ChangedBlock], msgspec.Meta(max_length=CHANGES_PER_CALL_MAX)]
+
+
+class TenantUse(msgspec.Struct, frozen=True, array_like=True):
+    tenant: str
+    used_bytes: int
+    quota_bytes: int | None
+
+
+class Tenants(Message, frozen=True):
+    tenants: list[TenantUse]
 
 
 class Done(Message, frozen=True):
@@ -153,5 +295,21 @@ class Stats(Message, frozen=True):
     values: dict[str, float]
 
 
-ClientMessage = Attach | Match | StartWrite | Report | AbortWrite | Withdraw | GetStats | Clear
-NodeMessage = Attached | Matched | WriteStarted | Done | Stats
+ClientMessage = (
+    Attach
+    | Match
+    | StartWrite
+    | Report
+    | AbortWrite
+    | Withdraw
+    | GetStats
+    | Clear
+    | Remove
+    | Pin
+    | Unpin
+    | ListBlocks
+    | VerifyBlocks
+    | WatchChanges
+    | GetTenants
+)
+NodeMessage = Attached | Matched | WriteStarted | Done | Stats | BlockPage | Verified | Changes | Tenants
