@@ -16,6 +16,9 @@ import msgspec
 import pytest
 
 from interlock.testing.sim import disk
+from interlock.testing.sim.faults import Fault, Shape
+from interlock.testing.sim.runs import run_seed
+from interlock.testing.sim.worlds import Result, run_world
 
 
 class Plant(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,6 +33,14 @@ class Plant(msgspec.Struct, frozen=True, kw_only=True):
     kinds: Sequence[str]
     found_at: int
     seeds_max: int
+    plan: Sequence[Fault] = ()
+    """A plan for it by hand, in `shape`; seeds are then draws of everything else."""
+    shape: Shape | None = None
+
+    def run(self, seed: int) -> Result:
+        if self.shape is None:
+            return run_seed(seed, self.kinds)
+        return run_world(0, self.shape, self.plan, None, luck=seed)
 
 
 def plant(bug: Plant, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import msgspec
 import pytest
 
 from interlock.cli.main import main
@@ -37,12 +40,30 @@ def test_a_failing_seed_ends_with_status_1_and_its_smallest_plan(
 
     plan = [Fault(1.0, "crash", "store"), Fault(2.0, "power-cut", "host-a"), Fault(3.0, "crash", "front-0")]
     monkeypatch.setattr(runs, "run_seed", lambda seed, kinds: broken(seed, plan))
-    monkeypatch.setattr(runs, "run_world", lambda seed, shape, faults: broken(seed, list(faults)))
+    monkeypatch.setattr(runs, "run_world", lambda seed, shape, faults, *more: broken(seed, list(faults)))
     assert main(["simulate", "--seed", "3"]) == 1
     said = capsys.readouterr().out
     assert "the faults it takes (1):" in said
     assert "power-cut host-a" in said
     assert "again: interlock simulate --seed 3 --trace" in said
+    assert "the schedule: 0 of 0 choices are not the default" in said
+    text = said.rpartition("--replay ")[2].strip()
+    assert main(["simulate", "--replay", text]) == 1
+    assert "power-cut host-a" in capsys.readouterr().out
+
+
+def test_a_run_is_replayed_from_a_file_and_junk_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    shape = msgspec.structs.replace(shape_of(3), run_s=2.0)
+    file = tmp_path / "run"
+    file.write_text(runs.replay_text(Result(3, shape, [], [], [], 0.0, 0, 0), fixed=True))
+    assert main(["simulate", "--replay", f"@{file}"]) == 0
+    assert "seed 3: well this time" in capsys.readouterr().out
+    assert main(["simulate", "--replay", "junk"]) == 2
+    assert "no run that" in capsys.readouterr().err
+    assert main(["simulate", "--replay", f"@{tmp_path}/none"]) == 2
+    assert "does not exist" in capsys.readouterr().err
 
 
 def test_an_unknown_kind_of_fault_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,9 +15,9 @@ from interlock.testing.sim.faults import KINDS, Fault, faults_of, shape_of
 from interlock.testing.sim.runs import report, run_seed, shrink
 from interlock.testing.sim.worlds import Result, run_world
 
-SECONDS = 20.0
+SECONDS = 60.0
 SEEDS_MAX = 400
-FOUND_BEFORE = (33, 46, 176, 327, 415, 480, 1024)
+FOUND_BEFORE = (33, 46, 176, 327, 415, 480, 1012, 1024, 2494, 3275, 4229, 249)
 """Seeds that once found a bug of ours (docs/testing.md)."""
 DIGESTS = """
 import hashlib
@@ -28,7 +28,7 @@ for seed in (6, 12):
 
 
 @pytest.mark.simulator
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 def test_every_seed_that_fits_into_the_time_is_well() -> None:
     began_s = monotonic_s()
     for seed in (*FOUND_BEFORE, *range(SEEDS_MAX)):
@@ -39,11 +39,46 @@ def test_every_seed_that_fits_into_the_time_is_well() -> None:
 
 
 @pytest.mark.simulator
+@pytest.mark.timeout(120)
+def test_the_real_store_client_serves_schedulers_and_ranks_on_threads() -> None:
+    """Without faults, and every promise is kept: seed 0 found that a rank which was not attached yet dropped its report."""
+    for seed in range(2):
+        shape = msgspec.structs.replace(shape_of(seed), clients=True, ranks=2)
+        result = run_world(seed, shape, [])
+        assert result.ok, report(result)
+        assert run_world(seed, shape, []).lines == result.lines
+
+
+@pytest.mark.simulator
+def test_a_client_whose_connection_is_half_open_makes_a_new_one() -> None:
+    """Its breaker opened and closed for ever: time-outs were no reason to give the connection up."""
+    shape = msgspec.structs.replace(shape_of(8), clients=True, stop=False)
+    for rank in ("", "-r0"):
+        result = run_world(8, shape, [Fault(5.0, "half-open", "store", f"kv-0{rank}")])
+        assert result.ok, report(result)
+
+
+@pytest.mark.simulator
+@pytest.mark.timeout(120)
+def test_a_coordinator_without_disk_clock_and_engines_leads_above_what_fronts_remember() -> None:
+    """Seed 1012, by hand."""
+    for seed in range(3):
+        shape = msgspec.structs.replace(shape_of(seed), engines=1, stop=False, spread=False, run_s=12.0)
+        faults = [
+            Fault(3.0, "clock-back", "host-a", detail="86400"),
+            Fault(5.0, "state-lost", "coordinator"),
+            Fault(5.0, "crash", "engine-0"),
+        ]
+        result = run_world(seed, shape, faults)
+        assert result.ok, report(result)
+
+
+@pytest.mark.simulator
 def test_without_faults_every_request_is_answered() -> None:
     for seed in range(3):
         result = run_seed(seed, ())
         assert result.ok, report(result)
-        assert result.served > 5
+        assert result.served > 3
         assert not result.faults
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from interlock.host.files import RealFiles
 from interlock.host.threads import monotonic_s
 
 if TYPE_CHECKING:
@@ -13,8 +15,9 @@ if TYPE_CHECKING:
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
-KINDS = ("crash", "freeze", "net", "disk", "power", "wipe", "clock")
+KINDS = ("crash", "freeze", "net", "disk", "power", "wipe", "clock", "rot")
 SEEDS_MAX = 1_000_000
+REPLAY_CHARS_MAX = 1024 * 1024
 
 
 def _kinds(text: str) -> tuple[str, ...]:
@@ -38,18 +41,25 @@ def add_parser(subparsers: Subparsers) -> None:
         "simulate",
         help="run whole fleets on a simulated machine, every fault from one seed",
         description="Runs the real coordinator, dispatchers, runners and store node on a simulated machine. Exit status: "
-        "0 all seeds were well, 1 one was not; its smallest plan of faults and its timeline are printed.",
+        "0 all seeds were well, 1 one was not; its smallest plan of faults and schedule and its timeline are printed.",
     )
     parser.add_argument("--seeds", type=_count, default=100, metavar="N", help="how many seeds (default 100)")
     parser.add_argument("--first", type=int, default=0, metavar="S", help="the first of them (default 0)")
     parser.add_argument("--seed", type=int, metavar="S", help="only this seed")
+    parser.add_argument(
+        "--replay",
+        metavar="TEXT",
+        help="one run again, as a failing one printed it; @FILE reads it from a file",
+    )
     parser.add_argument(
         "--faults", type=_kinds, default=KINDS, metavar="LIST", help=f"of {','.join(KINDS)}; none: no faults"
     )
     parser.add_argument(
         "--jobs", type=int, choices=range(1, 65), default=2, metavar="N", help="processes (default 2)"
     )
-    parser.add_argument("--trace", action="store_true", help="with --seed: print the whole timeline")
+    parser.add_argument(
+        "--trace", action="store_true", help="with --seed or --replay: print the whole timeline"
+    )
     parser.add_argument("--no-shrink", action="store_true", help="print a failing run as it is")
     parser.set_defaults(run=run)
 
@@ -58,6 +68,16 @@ def run(args: argparse.Namespace) -> int:
     """Simulates what `args` names and prints it; returns the exit status."""
     from interlock.testing.sim import runs
 
+    if args.replay is not None:
+        try:
+            result = runs.run_replay(_text_of(args.replay))
+        except (OSError, ValueError) as error:
+            print(f"interlock simulate: {error}", file=sys.stderr)
+            return 2
+        if args.trace:
+            print("\n".join(result.lines))
+        print(runs.report(result) if not result.ok else f"seed {result.seed}: well this time")
+        return int(not result.ok)
     if args.seed is not None:
         result = runs.run_seed(args.seed, args.faults)
         if args.trace:
@@ -94,9 +114,22 @@ def _judge(results: list[Result], args: argparse.Namespace) -> int:
             print(f"seed {result.seed}: well; {result.served} requests, {len(result.faults)} faults")
             continue
         status = 1
-        smallest = result if args.no_shrink else runs.shrink(result)
+        smallest = result if args.no_shrink else runs.straighten(runs.shrink(result))
         print(runs.report(smallest))
         print(
             f"again: interlock simulate --seed {result.seed} --trace --faults {','.join(args.faults) or 'none'}"
         )
+        print(
+            f"the smallest again: interlock simulate --replay {runs.replay_text(smallest, fixed=not args.no_shrink)}"
+        )
     return status
+
+
+def _text_of(given: str) -> str:
+    if not given.startswith("@"):
+        return given
+    path = Path(given[1:])
+    text = RealFiles().read(path, REPLAY_CHARS_MAX)
+    if text is None:
+        raise ValueError(f"{path} does not exist; give the file that holds the run's text")
+    return text.decode(errors="replace")

@@ -132,6 +132,60 @@ class Files(Protocol):
         ...
 
 
+class DirectoryEntry(msgspec.Struct, frozen=True, order=True):
+    """A file of a directory. `allocated_bytes` is less than its size where holes were punched."""
+
+    name: str
+    size_bytes: int
+    allocated_bytes: int
+
+
+class Piece(msgspec.Struct, frozen=True, eq=False):
+    """Where in a file to read what fills `into`. Page-aligned offset, length and memory go past the page cache."""
+
+    offset: int
+    into: memoryview
+
+
+class FileMapping(Protocol):
+    """A mapped file. `view` is writable; what is stored there survives this process, and perhaps a power cut."""
+
+    @property
+    def view(self) -> memoryview: ...
+
+    def warm(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Directory(Protocol):
+    """One directory of large files that is ours while it is open (`host/disk.py`). All calls block: make them in a thread."""
+
+    def list(self, folder: str = ".") -> list[DirectoryEntry]: ...
+
+    def make_folder(self, name: str) -> None: ...
+
+    def rename(self, name: str, to: str) -> None: ...
+
+    def remove(self, name: str) -> None: ...
+
+    def sync(self) -> None: ...
+
+    def size(self, name: str) -> int | None: ...
+
+    def write_new(self, name: str, data: memoryview) -> None: ...
+
+    def append(self, name: str, data: bytes) -> None: ...
+
+    def read(self, name: str, pieces: Sequence[Piece]) -> None: ...
+
+    def punch(self, name: str, offset: int, length: int) -> None: ...
+
+    def map(self, name: str, size_bytes: int) -> FileMapping: ...
+
+    def close(self) -> None: ...
+
+
 class SharedMemory(Protocol):
     """A memfd that is allocated, sealed against SHRINK, GROW and SEAL, and mapped MADV_DONTFORK."""
 
@@ -145,6 +199,12 @@ class SharedMemory(Protocol):
     def fd(self) -> int:
         """Read-write descriptor, to be handed to writers."""
         ...
+
+    def read_into(self, offset: int, into: memoryview) -> None:
+        """Copies bytes out by a system call: unlike a touch of `view` it maps nothing into this process. Blocks."""
+        ...
+
+    def write_at(self, offset: int, data: memoryview) -> None: ...
 
     def open_read_only(self) -> int:
         """A read-only descriptor of the same memory, to be handed to readers and closed by the caller."""
@@ -170,6 +230,10 @@ class Host(Protocol):
 
     async def connect(self, address: str) -> Stream:
         """Raises `ConnectionError` (refused, absent); bounded by the caller's `asyncio.timeout`."""
+        ...
+
+    def open_directory(self, path: Path, owner: str) -> Directory:
+        """Blocks. Raises `DirectoryBusy` naming the process that has it, `OSError` when it cannot be had."""
         ...
 
     def create_memory(self, name: str, size_bytes: int) -> SharedMemory:

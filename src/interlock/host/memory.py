@@ -8,13 +8,33 @@ writer must not go on writing): hazards M1, M2.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import mmap
 import os
 from pathlib import Path
 
+import numpy as np
+
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_POPULATE_READ, _POPULATE_WRITE = 22, 23
+"""madvise of Linux 5.14; not in Python's mmap yet."""
+
+
+def populate(memory: memoryview, *, writable: bool) -> bool:
+    """Maps the pages of page-aligned `memory` into this process now, so that no copy meets a page fault. Changes no byte.
+
+    A first touch costs more than copying the page (measured: half of a put's time). Blocks, without the interpreter's
+    lock. False where the kernel cannot: then each page is mapped when it is touched.
+    """
+    address = np.frombuffer(memory, dtype=np.uint8).ctypes.data
+    advice = _POPULATE_WRITE if writable else _POPULATE_READ
+    return bool(_libc.madvise(address, len(memory), advice) == 0)
 
 
 class MappedMemory:
@@ -41,6 +61,22 @@ class MappedMemory:
         if self._fd is None:
             raise ValueError("this shared memory is closed")
         return self._fd
+
+    def read_into(self, offset: int, into: memoryview) -> None:
+        """By a system call: a fresh mapping of a large slab costs a page fault every 4 KiB, several times the copy."""
+        at = 0
+        while at < len(into):
+            got = os.preadv(self.fd, [into[at:]], offset + at)
+            if got <= 0:
+                raise ValueError(f"bytes {offset} to {offset + len(into)} do not lie in this memory")
+            at += got
+
+    def write_at(self, offset: int, data: memoryview) -> None:
+        if offset < 0 or offset + len(data) > self._size_bytes:
+            raise ValueError(f"bytes {offset} to {offset + len(data)} do not lie in this memory")
+        at = 0
+        while at < len(data):
+            at += os.pwrite(self.fd, data[at:], offset + at)
 
     def open_read_only(self) -> int:
         return os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from interlock.core.limits import HOST_THREADS_MAX
 from interlock.host.base import Listener, Stream
+from interlock.host.disk import RealDirectory
 from interlock.host.files import RealFiles
 from interlock.host.memory import MappedMemory, create_memory
 from interlock.host.processes import RealChild, spawn_child
@@ -55,6 +56,9 @@ class RealHost:
 
     async def connect(self, address: str) -> SocketStream:
         return await connect_stream(address)
+
+    def open_directory(self, path: Path, owner: str) -> RealDirectory:
+        return RealDirectory(path, owner)
 
     def create_memory(self, name: str, size_bytes: int) -> MappedMemory:
         return create_memory(name, size_bytes)

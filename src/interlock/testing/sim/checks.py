@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from interlock.core.limits import SLOT_GRAIN_BYTES
 from interlock.store.slots import SlotState
 from interlock.testing.sim.engine import answer_to
 from interlock.testing.sim.kv import LAYOUT, content
+from interlock.testing.sim.loop import PROCESS
+from interlock.wire.duplex import Channel
 
 if TYPE_CHECKING:
+    from interlock.core.targets import Target
     from interlock.engines.runner import Runner
     from interlock.fleet.dispatcher import Dispatcher
     from interlock.store.node import Node
@@ -47,6 +51,10 @@ class Checks:
         """Requests that a front has accepted and not ended."""
         self.waiting_for: set[str] = set()
         """Who has not shown yet that it is served after the faults."""
+        self.channels: list[tuple[SimProcess, Channel]] = []
+        """Every channel that is open, and whose it is."""
+        self._led = False
+        """A coordinator has told a target."""
         self._touching: dict[tuple[int, int], dict[SimProcess, str]] = {}
 
     def violation(self, words: str) -> None:
@@ -77,11 +85,22 @@ class Checks:
             if not self.remembering:  # disk and every memory are gone: no system could know of the hold
                 self.held.clear()
 
-    def coordinator_forgets(self) -> None:
-        """Its state is lost: what holds there are stands in its engines' memory alone."""
-        self.remembering = {process for process in self.runners if not process.dead}
+    def coordinator_forgets(self, *, excused: bool) -> None:
+        """Its state is lost: what holds there are stands in its engines' memory. Fronts remember them, too, but nobody waits for
+        their word: at a fleet's very first start that would cost seconds."""
+        if self._led and not excused:
+            self.violation(
+                "the coordinator has lost what it told, and nothing has happened to its disk but what it must survive"
+            )
+        self.remembering = {
+            process for process, runner in self.runners.items() if _holds(runner.member_state.heard)
+        }
         if not self.remembering:
             self.held.clear()
+
+    def coordinator_knows(self) -> None:
+        """It has told a target: what it leads by is on its disk."""
+        self.remembering, self._led = None, True
 
     # --- tokens ----------------------------------------------------------------------------------------------------
 
@@ -158,6 +177,15 @@ class Checks:
         for node, memory in self.nodes.values():
             self._check_slab(node, memory)
 
+    def check_wake_ups(self) -> None:
+        """When nothing is ready, nobody sleeps over messages."""
+        self.channels = [item for item in self.channels if item[1].closed is None and not item[0].dead]
+        for process, channel in self.channels:
+            try:
+                channel.check_integrity()
+            except AssertionError as error:
+                self.violation(f"a wake-up of {process} was lost: {error}")
+
     def check_left_over(self) -> None:
         """Served and idle: nothing is held for anybody."""
         for process, dispatcher in self.dispatchers.items():
@@ -180,3 +208,30 @@ class Checks:
             allowed = 1 if process in self.nodes else 0
             if not process.dead and len(process.fds) > allowed:
                 self.violation(f"{process} holds {len(process.fds)} descriptors, {allowed} are in use")
+
+
+def _holds(known: Target | None) -> bool:
+    return known is not None and len(known.holds) > 0
+
+
+@contextlib.contextmanager
+def channels_seen(checks: Checks) -> Iterator[None]:
+    """Every channel made meanwhile is told to `checks`."""
+    original = Channel.__init__
+
+    def made(channel: Channel, *args: Any, **more: Any) -> None:
+        original(channel, *args, **more)
+        checks.channels.append((PROCESS.get(), channel))
+
+    with patched(Channel, "__init__", made):
+        yield
+
+
+@contextlib.contextmanager
+def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)

@@ -8,27 +8,73 @@ file contents reach the medium separately and in any order, as POSIX allows.
 from __future__ import annotations
 
 import errno
+import functools
 import importlib.util
 import io
 import os
 import random
 import stat
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
-from types import SimpleNamespace
+from types import CodeType, SimpleNamespace
 from typing import Any, Protocol
 
 import interlock.host.files
 
 FILE_FD_FIRST = 5_000_000
+PAGE_BYTES = 4096
 
 
 class Inode:
     """A file: `now` is what reads see, `durable` what a power cut leaves."""
 
     def __init__(self) -> None:
-        self.now = b""
         self.durable = b""
+        self._now = b""
+        self._pages: bytearray | None = None
+        self._holes: dict[int, None] = {}
+
+    @property
+    def now(self) -> bytes:
+        return self._now if self._pages is None else bytes(self._pages)
+
+    @now.setter
+    def now(self, data: bytes) -> None:
+        self._now, self._pages = data, None
+
+    @property
+    def size(self) -> int:
+        return len(self._now if self._pages is None else self._pages)
+
+    @property
+    def allocated_bytes(self) -> int:
+        return max(0, self.size - PAGE_BYTES * len(self._holes))
+
+    def map(self) -> bytearray:
+        """Its pages, for as long as nobody changes its length: what is stored there is in the file."""
+        if self._pages is None:
+            self._pages = bytearray(self._now)
+        return self._pages
+
+    def punch(self, offset: int, length: int) -> None:
+        stop = min(offset + length, self.size)
+        data = bytearray(self.now)
+        data[offset:stop] = bytes(max(0, stop - offset))
+        self.now = bytes(data)
+        self._holes |= dict.fromkeys(range(-(-offset // PAGE_BYTES), stop // PAGE_BYTES))
+
+    def after_power_cut(self, rng: random.Random) -> bytes:
+        """What was synced, or some of what was not: torn at a byte where it grew, by pages where it was stored into."""
+        if self.now == self.durable:
+            return self.durable
+        if rng.random() < 0.4:
+            return self.durable
+        if self.size != len(self.durable):
+            return self.now[: rng.randrange(self.size + 1)]
+        pages = range(0, self.size, PAGE_BYTES)
+        kept = [(self.now if rng.random() < 0.5 else self.durable)[at : at + PAGE_BYTES] for at in pages]
+        return b"".join(kept)
 
 
 class Caller(Protocol):
@@ -56,6 +102,8 @@ class SimDisk:
         self.failing = 0.0
         """Share of calls that end with EIO."""
         self.open_files: dict[int, tuple[Inode, str]] = {}
+        self.locks: dict[str, Any] = {}
+        """Who has a directory (`directories.Lock`)."""
         self._next_fd = FILE_FD_FIRST
 
     def open_inode(self, inode: Inode, path: str) -> int:
@@ -77,13 +125,28 @@ class SimDisk:
         self.trouble()
         inode.durable = inode.now
         if path in self.directories:
-            kept = []
-            for change in self.unsynced:
-                if str(Path(change[1]).parent) == path:
-                    self._apply(change)
-                else:
-                    kept.append(change)
-            self.unsynced = kept
+            self.sync_directory(path)
+
+    def sync_file(self, path: str) -> None:
+        """All of its bytes are on the medium, as the disk does by itself sooner or later."""
+        self.names[path].durable = self.names[path].now
+
+    def sync_directory(self, path: str) -> None:
+        """Names made, changed and removed in it are on the medium."""
+        kept = []
+        for change in self.unsynced:
+            if str(Path(change[1]).parent) == path:
+                self._apply(change)
+            else:
+                kept.append(change)
+        self.unsynced = kept
+
+    def make_directories(self, path: Path) -> None:
+        for directory in [path, *path.parents]:
+            self.directories.setdefault(str(directory), None)
+
+    def some_of(self, data: bytes) -> bytes:
+        return data[: self._rng.randrange(len(data) + 1)]
 
     def rename(self, source: str, target: str) -> None:
         self.trouble()
@@ -109,9 +172,7 @@ class SimDisk:
         torn = {}
         for inode in inodes.values():
             if inode.now != inode.durable:
-                whole = self._rng.random()
-                cut = self._rng.randrange(len(inode.now) + 1)
-                torn[id(inode)] = inode.durable if whole < 0.4 else inode.now[:cut]
+                torn[id(inode)] = inode.after_power_cut(self._rng)
         renamed = dict(self.durable_names)
         live = dict(self.names)
         for operation, path, source in self.unsynced:
@@ -137,7 +198,7 @@ class SimDisk:
 
     def flip_bit(self, path: str) -> bool:
         inode = self.names.get(path)
-        if inode is None or not inode.now:
+        if inode is None or not inode.size:
             return False
         data = bytearray(inode.now)
         data[self._rng.randrange(len(data))] ^= 1 << self._rng.randrange(8)
@@ -253,8 +314,7 @@ class SystemCalls:
 
     def makedirs(self, path: str | Path, exist_ok: bool = False) -> None:
         del exist_ok
-        for directory in [Path(path), *Path(path).parents]:
-            self.disk.directories.setdefault(str(directory), None)
+        self.disk.make_directories(Path(path))
 
     def lstat(self, path: str | Path) -> Any:
         self._need_directory(str(path))
@@ -269,10 +329,31 @@ class SystemCalls:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
 
 
+class _Loader(SourceFileLoader):
+    """Compiles once, however many processes begin."""
+
+    _code: CodeType | None = None
+
+    def get_code(self, fullname: str) -> CodeType | None:
+        if self._code is None:
+            self._code = super().get_code(fullname)
+        return self._code
+
+
+@functools.cache
+def _files_module() -> ModuleSpec:
+    found = importlib.util.find_spec("interlock.host.files")
+    assert found is not None
+    assert found.origin is not None
+    loader = _Loader(found.name, found.origin)
+    specification = importlib.util.spec_from_loader(found.name, loader)
+    assert specification is not None
+    return specification
+
+
 def files_on(calls: SystemCalls) -> interlock.host.files.RealFiles:
     """`RealFiles`, its own code, on these system calls: a second copy of its module whose `os` and `open` are ours."""
-    specification = importlib.util.find_spec("interlock.host.files")
-    assert specification is not None
+    specification = _files_module()
     assert specification.loader is not None
     copy: Any = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(copy)

@@ -11,7 +11,7 @@ from array import array
 from collections.abc import AsyncGenerator, Callable, Sequence
 
 from interlock.core.targets import Mode
-from interlock.engines.base import Capabilities, Progress, RequestRejected, Work
+from interlock.engines.base import Capabilities, Engine, Progress, RequestRejected, Work
 from interlock.testing.sim.host import SimHost
 from interlock.wire.fleet_messages import Load
 
@@ -55,7 +55,7 @@ class _Running:
         self.filled.set()
 
 
-class SimEngine:
+class SimEngine(Engine):
     """`Engine` of `engines/base.py`. `on_step(stage)` is told when a step begins and ends."""
 
     def __init__(self, host: SimHost, step_s: float, on_step: Callable[[str], None]) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from interlock.host.base import Child, Files, Listener, Stream
+from interlock.testing.sim.directories import SimDirectory
 from interlock.testing.sim.disk import SystemCalls, files_on
 from interlock.testing.sim.kernel import FD_FIRST, KILLED, Kernel, ProcessEnded, SimProcess, running_pid
 from interlock.testing.sim.loop import PROCESS
@@ -108,6 +109,12 @@ class SimMemory:
             raise ValueError("this shared memory is closed")
         return self._fd
 
+    def read_into(self, offset: int, into: memoryview) -> None:
+        into[:] = self._pages.data[offset : offset + len(into)]
+
+    def write_at(self, offset: int, data: memoryview) -> None:
+        self._pages.data[offset : offset + len(data)] = data
+
     def open_read_only(self) -> int:
         return self._process.install_fd(MemoryHandle(self._pages, writable=False))
 
@@ -146,6 +153,9 @@ class SimHost:
 
     async def connect(self, address: str) -> SimStream:
         return await self.process.kernel.network.connect(self.process, address)
+
+    def open_directory(self, path: Path, owner: str) -> SimDirectory:
+        return SimDirectory(self.process, path, owner)
 
     def create_memory(self, name: str, size_bytes: int) -> SimMemory:
         if size_bytes <= 0:

@@ -22,6 +22,7 @@ from interlock.testing.sim.loop import PROCESS, SimLoop
 if TYPE_CHECKING:
     from interlock.testing.sim.host import SimHost
     from interlock.testing.sim.network import Network, SimListener, SimStream
+    from interlock.testing.sim.threads import SimThread
 
 FD_FIRST = 1_000_000
 EXIT_SEEN_SECONDS_MAX = 0.05
@@ -59,6 +60,8 @@ class SimProcess:
         self.kernel = machine.kernel
         self.status = Status.RUNNING
         self.exit_status: int | None = None
+        self.failure: Exception | None = None
+        """What `main` raised."""
         self.held: list[asyncio.Handle] = []
         self.fds: dict[int, Any] = {}
         self.streams: dict[int, SimStream] = {}
@@ -172,6 +175,7 @@ class Kernel:
         self.lines: list[str] = []
         self.buried = False
         self.ended: list[SimProcess] = []
+        self.threads: list[SimThread] = []
         self.processes: dict[str, SimProcess] = {}
         """The newest process of each name."""
         self._pid, self._fd = 100, FD_FIRST
@@ -217,7 +221,7 @@ class Kernel:
             status = await main(process.host)
         except Exception as error:
             self.note(f"{process} failed: {type(error).__name__}: {error}")
-            status = 1
+            status, process.failure = 1, error
         process.end(status)
 
     def _on_exit(self, process: SimProcess, then: Callable[[SimProcess], None]) -> None:
@@ -240,6 +244,8 @@ class Kernel:
         self.buried = True
         for process in [*self.ended, *self.processes.values()]:
             process.status = Status.DEAD
+        for thread in self.threads:
+            thread.kill()
         for process in [*self.ended, *self.processes.values()]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)  # what a dead coroutine would have awaited

@@ -8,6 +8,7 @@ function of (key, head), so whoever reads a byte that somebody else wrote into t
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -48,6 +49,7 @@ ATTACH_SECONDS = 2.0
 RETRY_SECONDS = 0.2
 
 
+@functools.lru_cache(maxsize=4096)
 def content(key: bytes, head: int) -> bytes:
     """What stands in a block of that key, for one head."""
     return hashlib.shake_128(key + bytes([head])).digest(LAYOUT.head_bytes)

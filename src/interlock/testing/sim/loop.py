@@ -14,11 +14,16 @@ import asyncio
 import contextvars
 import heapq
 import random
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Protocol
+
+from interlock.testing.sim.schedule import Schedule
 
 STEPS_PER_MOMENT_MAX = 20_000
 """More steps than that without time passing is a livelock, and no simulated second would ever come."""
+
+
+CALM_EVERY = 4
 
 
 class Wedged(Exception):  # noqa: N818 - says what is, as elsewhere
@@ -71,11 +76,16 @@ class SimFuture(asyncio.Future[Any]):
 class SimLoop(asyncio.BaseEventLoop):
     """`run_until_complete` as usual; time moves only when nothing is ready. Raises `Wedged`."""
 
-    def __init__(self, rng: random.Random, *, shuffle: bool = True) -> None:
+    def __init__(
+        self, rng: random.Random, *, shuffle: bool = True, fixed: Mapping[int, int] | None = None
+    ) -> None:
+        """`fixed`: a recorded schedule instead of one from `rng`."""
         super().__init__()
-        self._rng, self._shuffle = rng, shuffle
+        self.schedule = Schedule(rng, fixed if shuffle or fixed is not None else {})
         self._now = 0.0
-        self._serial = 0
+        self._serial = self._advances = 0
+        self.on_calm: Callable[[], None] | None = None
+        """Called now and then when nothing is ready: whoever has something to do then has missed it."""
         self._sequence = 0
         self._moment_steps = 0
         self._runnable: list[asyncio.Handle] = []
@@ -160,6 +170,9 @@ class SimLoop(asyncio.BaseEventLoop):
             self._advance()
 
     def _advance(self) -> None:
+        self._advances += 1
+        if self.on_calm is not None and self._advances % CALM_EVERY == 0:
+            self.on_calm()
         when = self._timers[0][0]
         if when > self._now:
             self._now, self._moment_steps = when, 0
@@ -171,15 +184,29 @@ class SimLoop(asyncio.BaseEventLoop):
     def _pick(self) -> int:
         """Any callback that no earlier one must precede."""
         ready = self._runnable
-        if len(ready) == 1 or not self._shuffle:
+        if len(ready) == 1:
             return 0
-        chosen = int(self._rng.random() * len(ready))
+        chosen = self.schedule.draw(len(ready))
+        if not chosen:
+            return 0
         keys = _strands(ready[chosen])
         for index in range(chosen - 1, -1, -1):
             others = _strands(ready[index])
             if any(key is other for key in keys for other in others):
                 chosen, keys = index, others
+        self.schedule.take(
+            chosen, lambda: f"{self._now:10.4f}  {_name(ready[chosen])} before {_name(ready[0])}"
+        )
         return chosen
+
+
+def _name(handle: asyncio.Handle) -> str:
+    """Whose step it is, and which."""
+    callback = handle._callback  # type: ignore[attr-defined]
+    owner = handle._context.get(PROCESS)  # type: ignore[attr-defined]
+    task = getattr(callback, "__self__", None)
+    what = task.get_name() if isinstance(task, SimTask) else getattr(callback, "__qualname__", "a callback")
+    return f"{owner or 'the simulator'}: {what}"
 
 
 def _strands(handle: asyncio.Handle) -> tuple[Any, ...]:

@@ -130,22 +130,53 @@ class SimStream:
 
     async def receive_exactly(self, count: int) -> bytes:
         while len(self.buffer) < count:
-            if self.gone:
-                raise ConnectionAbortedError("this side closed the stream")
-            if self._error is not None:
-                raise self._error
-            if self._eof:
-                raise EOFError(f"{self._address}: the peer closed the connection")
-            assert self._readable is None, "one task reads a stream at a time"
-            self._readable = self._network.kernel.loop.create_future()
+            self.check_readable()
             try:
-                await self._readable
+                await self.when_readable()
             finally:
                 self._readable = None
+        return self.take(count)
+
+    # --- for a thread, which waits by itself (`threads.py`) ---------------------------------------------------------
+
+    def put_some(self, data: memoryview, fds: Sequence[int]) -> int:
+        """How many bytes left; 0 when there is no room."""
+        self._check()
+        room = self.out.room
+        if room <= 0:
+            return 0
+        self.out.put(bytes(data[:room]), [self.process.fds[fd] for fd in fds])
+        return min(room, len(data))
+
+    def check_readable(self) -> None:
+        """Raises what a read beyond the buffer would."""
+        if self.gone:
+            raise ConnectionAbortedError("this side closed the stream")
+        if self._error is not None:
+            raise self._error
+        if self._eof:
+            raise EOFError(f"{self._address}: the peer closed the connection")
+
+    def when_readable(self) -> asyncio.Future[None]:
+        assert self._readable is None, "one reads a stream at a time"
+        self._readable = self._network.kernel.loop.create_future()
+        return self._readable
+
+    def when_writable(self) -> asyncio.Future[None]:
+        self._writable = self._network.kernel.loop.create_future()
+        return self._writable
+
+    def no_longer(self, waiter: asyncio.Future[None]) -> None:
+        if self._readable is waiter:
+            self._readable = None
+
+    def take(self, count: int) -> bytes:
         taken = bytes(self.buffer[:count])
         del self.buffer[:count]
         self.other.wake_writer()
         return taken
+
+    # --- both ------------------------------------------------------------------------------------------------------
 
     def take_fds(self) -> list[int]:
         taken, self._fds = self._fds, []

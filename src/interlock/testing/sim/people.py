@@ -6,8 +6,6 @@ import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from interlock.core.errors import ChannelFault, InterlockError
 from interlock.fleet.client import CommandFailed, FleetClient
 from interlock.fleet.dispatcher import Dispatcher, NoMember, Overloaded, RequestFailed
@@ -15,6 +13,7 @@ from interlock.fleet.ledger import GenerationRequest
 from interlock.testing.sim.host import SimHost
 from interlock.testing.sim.kernel import SimProcess
 from interlock.wire.engine_messages import Sampling
+from interlock.wire.identity import incarnation_in
 
 if TYPE_CHECKING:
     from interlock.testing.sim.worlds import World
@@ -87,7 +86,8 @@ class Administrator:
         while not self._world.calm:
             await self._host.clock.sleep_s(rng.uniform(0.5, 5.0))
             owner = rng.choice(("trainer", "operator"))
-            await self._pause_for_a_while(owner)
+            if not self._world.shape.quiet:
+                await self._pause_for_a_while(owner)
         for owner in ("trainer", "operator"):
             await self._let_go(owner)
         self._world.probed("admin")
@@ -160,10 +160,7 @@ class Launcher:
     def saw_end(self, process: SimProcess) -> None:
         """Reads which life it was before the next one begins."""
         inode = process.machine.disk.names.get(str(STATES / process.name / "identity.json"))
-        try:
-            incarnation = msgspec.json.decode(inode.now)["incarnation"] if inode is not None else 0
-        except (msgspec.MsgspecError, KeyError, TypeError):
-            incarnation = 0
+        incarnation = incarnation_in(inode.now if inode is not None else None)
         if incarnation:
             self._host.process.run(lambda: self._tell(process.name, incarnation), f"gone {process.name}")
 

@@ -1,16 +1,39 @@
-"""Many seeds, each a world of its own; and of a failing one, the smallest plan of faults that still fails."""
+"""Many seeds, each a world of its own; and of a failing one, the smallest plan of faults and schedule that still fails."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import base64
+import binascii
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
-from interlock.testing.sim.faults import KINDS, Fault, faults_of, shape_of
+import msgspec
+
+from interlock.host.threads import monotonic_s
+from interlock.testing.sim.faults import KINDS, Fault, Shape, faults_of, shape_of
+from interlock.testing.sim.schedule import shrink_schedule
 from interlock.testing.sim.worlds import Result, run_world
 
 SHRINK_RUNS_MAX = 60
+LUCK_TRIES = 60
+SHRINK_SECONDS = 45.0
+"""How long a schedule is cut down; each try is a run of its own."""
 TIMELINE_LINES_MAX = 120
+REPLAY_BYTES_MAX = 4 * 1024 * 1024
+Run = Callable[[int, Sequence[Fault]], Result]
+
+
+class Replay(msgspec.Struct, frozen=True):
+    """One run, whole: the same code plays it the same way, whatever seeds mean by then."""
+
+    seed: int
+    shape: Shape
+    faults: list[Fault]
+    schedule: dict[int, int] | None
+    """None: the seed's own."""
+    luck: int = 0
 
 
 def run_seed(seed: int, kinds: Sequence[str] = KINDS) -> Result:
@@ -23,17 +46,45 @@ def run_seeds(seeds: Sequence[int], kinds: Sequence[str], jobs: int) -> Iterator
     """Results as they come; several processes at a time, whose order of results is that of the seeds."""
     if jobs == 1:
         for seed in seeds:
-            yield run_seed(seed, kinds)
+            yield _light(run_seed(seed, kinds))
         return
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(run_seed, seeds, [tuple(kinds)] * len(seeds))
+        yield from pool.map(_run_light, seeds, [tuple(kinds)] * len(seeds), chunksize=4)
 
 
-def shrink(
-    failed: Result,
-    run: Callable[[int, Sequence[Fault]], Result] | None = None,
-    runs_max: int = SHRINK_RUNS_MAX,
-) -> Result:
+def _run_light(seed: int, kinds: Sequence[str]) -> Result:
+    return _light(run_seed(seed, kinds))
+
+
+def _light(result: Result) -> Result:
+    """Nobody reads the timeline of a run that was well."""
+    return msgspec.structs.replace(result, lines=[]) if result.ok else result
+
+
+# --- one run again -------------------------------------------------------------------------------------------------------
+
+
+def replay_text(result: Result, *, fixed: bool) -> str:
+    """What `--replay` takes. `fixed`: with the schedule that the result was shrunk to, else with the seed's."""
+    whole = Replay(result.seed, result.shape, result.faults, result.schedule if fixed else None, result.luck)
+    return base64.urlsafe_b64encode(zlib.compress(msgspec.json.encode(whole), 9)).decode()
+
+
+def run_replay(text: str) -> Result:
+    """Plays what `replay_text` wrote. Raises ValueError for anything else."""
+    try:
+        decompressor = zlib.decompressobj()
+        data = decompressor.decompress(base64.urlsafe_b64decode(text.strip()), REPLAY_BYTES_MAX)
+        whole = msgspec.json.decode(data, type=Replay)
+    except (zlib.error, binascii.Error, ValueError, msgspec.MsgspecError) as error:
+        raise ValueError(f"this is no run that `interlock simulate` printed: {error}") from error
+    return run_world(whole.seed, whole.shape, whole.faults, whole.schedule, whole.luck)
+
+
+# --- smaller -------------------------------------------------------------------------------------------------------------
+
+
+def shrink(failed: Result, run: Run | None = None, runs_max: int = SHRINK_RUNS_MAX) -> Result:
     """A run of the same seed that still fails, with no more faults than it takes (ddmin, Zeller 1999).
 
     Whatever it fails of: the smallest plan may show another symptom of the same defect. Schedule and workload stay the seed's.
@@ -58,6 +109,33 @@ def shrink(
     return best
 
 
+def straighten(failed: Result, seconds: float = SHRINK_SECONDS) -> Result:
+    """The same faults under as plain a schedule as still fails: what is left of it is the race, if it takes one.
+
+    Many defects take no race, only bad luck with delays and workload, which a changed schedule changes with it: so the plain
+    schedule is tried with other luck first, then the seed's own is cut down.
+    """
+    until_s = monotonic_s() + seconds
+    best = failed
+    for luck in range(LUCK_TRIES):
+        tried = run_world(failed.seed, failed.shape, failed.faults, {}, luck)
+        if not tried.ok:
+            return tried
+        if monotonic_s() > until_s - seconds / 2:
+            break
+
+    def fails(schedule: Mapping[int, int]) -> bool:
+        nonlocal best
+        tried = run_world(failed.seed, failed.shape, failed.faults, schedule)
+        if not tried.ok:
+            best = tried
+        return not tried.ok
+
+    least = shrink_schedule(failed.schedule, fails, lambda: monotonic_s() < until_s)
+    assert best is failed or set(best.schedule) <= set(least)
+    return best
+
+
 def report(result: Result, lines_max: int = TIMELINE_LINES_MAX) -> str:
     """A failing run in the system's own words: what broke, under which faults, and the timeline up to the first violation."""
     shape = result.shape
@@ -70,6 +148,8 @@ def report(result: Result, lines_max: int = TIMELINE_LINES_MAX) -> str:
         *(f"  {words}" for words in result.violations),
         f"the faults it takes ({len(result.faults)}):",
         *(f"  {fault}" for fault in result.faults),
+        f"the schedule: {len(result.schedule)} of {result.draws} choices are not the default",
+        *(f"  {words}" for words in result.deviations),
         f"the timeline's last {len(timeline)} lines:",
         *(f"  {line}" for line in timeline),
     ]

@@ -12,25 +12,29 @@ import gc
 import logging
 import random
 import warnings
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
+from interlock.core.errors import LocalProtocolError
 from interlock.engines.runner import Runner, RunnerConfig
 from interlock.fleet.coordinator_main import CoordinatorConfig, run_coordinator
 from interlock.fleet.dispatcher import Dispatcher
 from interlock.store.main import slab_number
-from interlock.store.node import Node
+from interlock.store.node import DiskConfig, Node
 from interlock.telemetry.events import Event, EventLog
-from interlock.testing.sim import kv
-from interlock.testing.sim.checks import Checks
+from interlock.testing.sim import kv, kv_client
+from interlock.testing.sim.checks import Checks, channels_seen
+from interlock.testing.sim.disk import SimDisk
 from interlock.testing.sim.engine import SimEngine
 from interlock.testing.sim.faults import Fault, Shape, processes_of
 from interlock.testing.sim.host import SimHost, simulated_os
 from interlock.testing.sim.kernel import KILLED, Kernel, SimProcess
 from interlock.testing.sim.loop import PROCESS, SimLoop, Wedged
 from interlock.testing.sim.people import Administrator, Client, Launcher
+from interlock.testing.sim.threads import blocking_seam
 from interlock.wire.identity import load_identity
 
 COORDINATOR = "unix:/run/coordinator.sock"
@@ -57,6 +61,13 @@ class Result(msgspec.Struct):
     steps: int
     served: int
     """Requests that got all their tokens."""
+    schedule: dict[int, int] = {}
+    """Of a run that was not well: the scheduler's draws that did not take the default."""
+    draws: int = 0
+    deviations: list[str] = []
+    """Of a run by a fixed schedule: those draws, in words."""
+    luck: int = 0
+    """0: delays, workload and entropy are the seed's; else drawn anew."""
 
     @property
     def ok(self) -> bool:
@@ -70,6 +81,8 @@ class World(Checks):
         super().__init__(kernel)
         self.seed, self.shape, self.faults = seed, shape, faults
         self.events: dict[str, EventLog] = {}
+        self.spoilt: set[str] = set()
+        """Whose state files a fault has taken or changed."""
         self.lives: dict[str, int] = {}
         self.admin: Administrator | None = None
         self.launcher: Launcher | None = None
@@ -105,6 +118,9 @@ class World(Checks):
         self.forget(process)
         if self.over:
             return
+        unreadable = isinstance(process.failure, LocalProtocolError) and "remove it" in process.failure.hint
+        if unreadable and process.name in self.spoilt:
+            self._repair(process)
         if process.name.startswith("engine"):
             assert self.launcher is not None
             self.launcher.saw_end(process)
@@ -112,6 +128,11 @@ class World(Checks):
                 self.stopped_engines.add(process.name)
                 return
         self.kernel.loop.later(self.kernel.rng.uniform(*RESTART_SECONDS), self.start, process.name)
+
+    def _repair(self, process: SimProcess) -> None:
+        """An operator does as he is told: the state file that cannot be read is removed."""
+        self.kernel.note(f"the operator removes what {process} cannot read")
+        process.machine.disk.names.pop(str(STATES / process.name / "identity.json"), None)
 
     async def _coordinator(self, host: SimHost) -> int:
         config = CoordinatorConfig(
@@ -156,7 +177,9 @@ class World(Checks):
         host.files.make_private_dir(STATES / "store")
         me = load_identity(host, STATES / "store", "store")
         memory = await host.in_thread(host.create_memory, "interlock-kv", kv.SLAB_BYTES)
-        node = Node(host, me, memory, slab_number(me.name, me.incarnation), join_s=JOIN_SECONDS)
+        # A disk that holds some of what the slab does: most blocks go down, and many come up again.
+        disk = DiskConfig(STATES / "kv", 2 * kv.SLAB_BYTES + (1 << 18), index_records_min=256)
+        node = Node(host, me, memory, slab_number(me.name, me.incarnation), join_s=JOIN_SECONDS, disk=disk)
         await node.start(kv.STORE)
         self.nodes[host.process] = (node, memory)
         await asyncio.Event().wait()
@@ -171,7 +194,7 @@ class World(Checks):
         return await self.launcher.run()
 
     def log_of(self, host: SimHost) -> EventLog:
-        return _Noted(host, self.kernel)
+        return _Noted(host, self)
 
     # --- engines of the store --------------------------------------------------------------------------------------
 
@@ -183,22 +206,23 @@ class World(Checks):
         ):
             return
         life = self.lives[engine] = self.lives.get(engine, 0) + 1
-        ranks: list[kv.Rank] = []
+        kind: Any = kv_client if self.shape.clients else kv
+        ranks: list[kv.Rank | kv_client.Rank] = []
         complete = asyncio.Event()
 
         def rank_main(number: int) -> Callable[[SimHost], Awaitable[int]]:
             async def main(host: SimHost) -> int:
-                rank = kv.Rank(self, host, engine, life, number, self.shape.ranks)
+                rank = kind.Rank(self, host, engine, life, number, self.shape.ranks)
                 ranks.append(rank)
                 if len(ranks) == self.shape.ranks:
                     complete.set()
-                return await rank.run()
+                return int(await rank.run())
 
             return main
 
         async def main(host: SimHost) -> int:
             await complete.wait()
-            return await kv.Scheduler(self, host, engine, life, ranks).run()
+            return int(await kind.Scheduler(self, host, engine, life, ranks).run())
 
         for number in range(self.shape.ranks):
             self.kernel.start("host-a", f"{engine}-r{number}", rank_main(number), self._kv_ended)
@@ -249,8 +273,17 @@ class World(Checks):
             case "state-lost" if process is not None:
                 process.end(KILLED)
                 process.machine.disk.wipe(str(STATES / fault.target))
-                if fault.target == "coordinator":
-                    self.coordinator_forgets()
+                self.spoilt.add(fault.target)
+            case "bit-flip" if process is not None:
+                self._flip(process.machine.disk, STATES / fault.target)
+
+    def _flip(self, disk: SimDisk, directory: Path) -> None:
+        """One bit of one of its state files, drawn by the disk."""
+        paths = [path for path in disk.names if Path(path).parent == directory]
+        if paths:
+            self.spoilt.add(directory.name)
+            path = paths[int(self.kernel.rng.random() * len(paths))]
+            self.kernel.note(f"a bit flips in {path}: {disk.flip_bit(path)}")
 
     def _inflict_on_machine(self, fault: Fault) -> None:
         machine = self.kernel.machine(fault.target)
@@ -331,13 +364,17 @@ class World(Checks):
 class _Noted(EventLog):
     """An event log whose events stand in the run's timeline."""
 
-    def __init__(self, host: SimHost, kernel: Kernel) -> None:
+    def __init__(self, host: SimHost, world: World) -> None:
         super().__init__(host.clock)
-        self._process, self._kernel = host.process, kernel
+        self._process, self._world = host.process, world
 
     def emit(self, name: str, **fields: object) -> Event:
         words = " ".join(f"{key}={value}" for key, value in fields.items())
-        self._kernel.note(f"{self._process} {name} {words}")
+        self._world.kernel.note(f"{self._process} {name} {words}")
+        if name == "coordinator_without_state":
+            self._world.coordinator_forgets(excused="coordinator" in self._world.spoilt)
+        elif name == "target":
+            self._world.coordinator_knows()
         return super().emit(name, **fields)
 
 
@@ -360,12 +397,21 @@ class _Timeline(logging.Handler):
             )
 
 
-def run_world(seed: int, shape: Shape, faults: Sequence[Fault]) -> Result:
-    """One run, from a cold start to its last check. The same arguments give the same lines."""
+def run_world(
+    seed: int,
+    shape: Shape,
+    faults: Sequence[Fault],
+    schedule: Mapping[int, int] | None = None,
+    luck: int = 0,
+) -> Result:
+    """One run, from a cold start to its last check. The same arguments give the same lines.
+
+    `schedule`: draws of the scheduler instead of the seed's own (`schedule.py`). `luck`: another draw of all else than faults.
+    """
     collecting = gc.isenabled()
     gc.disable()  # what is collected when must not depend on anything but the seed
     try:
-        return _run_world(seed, shape, faults)
+        return _run_world(seed, shape, faults, schedule, luck)
     finally:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
@@ -376,17 +422,20 @@ def run_world(seed: int, shape: Shape, faults: Sequence[Fault]) -> Result:
             gc.enable()
 
 
-def _run_world(seed: int, shape: Shape, faults: Sequence[Fault]) -> Result:
-    loop = SimLoop(random.Random(f"schedule {seed}"), shuffle=shape.shuffle)
-    kernel = Kernel(loop, random.Random(f"kernel {seed}"))
+def _run_world(
+    seed: int, shape: Shape, faults: Sequence[Fault], schedule: Mapping[int, int] | None, luck: int
+) -> Result:
+    loop = SimLoop(random.Random(f"schedule {seed}"), shuffle=shape.shuffle, fixed=schedule)
+    kernel = Kernel(loop, random.Random(f"kernel {seed} {luck}" if luck else f"kernel {seed}"))
     world = World(kernel, seed, shape, faults)
+    loop.on_calm = world.check_wake_ups
     loop.set_exception_handler(lambda _, context: world.unhandled(context))
     logger, timeline = logging.getLogger("interlock"), _Timeline(world)
     before = logger.level, logger.propagate, logger.handlers[:]
     logger.handlers, logger.propagate = [timeline], False
     logger.setLevel(logging.INFO)
     try:
-        with simulated_os(kernel):
+        with simulated_os(kernel), blocking_seam(), channels_seen(world):
             try:
                 loop.run_until_complete(world.play())
             except Wedged as wedged:
@@ -397,6 +446,18 @@ def _run_world(seed: int, shape: Shape, faults: Sequence[Fault]) -> Result:
     finally:
         logger.level, logger.propagate, logger.handlers = before
         loop.close()
+    taken = loop.schedule
     return Result(
-        seed, shape, list(faults), world.violations, kernel.lines, loop.time(), loop.steps, world.served
+        seed,
+        shape,
+        list(faults),
+        world.violations,
+        kernel.lines,
+        loop.time(),
+        loop.steps,
+        world.served,
+        taken.taken if world.violations else {},
+        taken.draws,
+        taken.words,
+        luck,
     )

@@ -1,0 +1,92 @@
+"""Memory by address: copies with the interpreter's lock released, and reads of another process's memory.
+
+Scattered memory is an array of (address, length) pairs, `struct iovec` as the kernel has it, so that a thousand pieces are one call and no
+Python object each. Whoever passes addresses holds the buffers they lie in.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from interlock.core.limits import PIECES_PER_CALL_MAX
+
+Iovecs = npt.NDArray[np.uint64]
+"""Shape (n, 2): address, length in bytes."""
+_libc = ctypes.CDLL(None, use_errno=True)
+_memmove = _libc.memmove
+_memmove.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+_memmove.restype = ctypes.c_void_p
+_vm_readv = _libc.process_vm_readv
+_vm_readv.argtypes = [
+    ctypes.c_int,
+    ctypes.c_void_p,
+    ctypes.c_ulong,
+    ctypes.c_void_p,
+    ctypes.c_ulong,
+    ctypes.c_ulong,
+]
+_vm_readv.restype = ctypes.c_ssize_t
+
+
+def address_of(view: memoryview) -> int:
+    """Where a contiguous view begins; valid while it, or what it views, is held."""
+    return int(np.frombuffer(view, np.uint8).ctypes.data)
+
+
+def copy_memory(to: int, source: int, count: int) -> None:
+    """memcpy without the interpreter's lock."""
+    _memmove(to, source, count)
+
+
+def view_of(address: int, count: int) -> memoryview:
+    """The bytes at an address, writable. The caller holds whatever they lie in."""
+    array: Any = (ctypes.c_ubyte * count).from_address(address)
+    return memoryview(array).cast("B")
+
+
+def read_process(pid: int, into: Iovecs, source: Iovecs) -> None:
+    """Copies `source`, addresses in process `pid`, to `into`, addresses here; equal shapes and lengths.
+
+    Raises `PermissionError` (the kernel does not let us), `ProcessLookupError`, `BufferError` when not all of it is mapped
+    there.
+    """
+    for start in range(0, len(into), PIECES_PER_CALL_MAX):
+        mine = np.ascontiguousarray(into[start : start + PIECES_PER_CALL_MAX])
+        theirs = np.ascontiguousarray(source[start : start + PIECES_PER_CALL_MAX])
+        _read_process(pid, mine, theirs)
+
+
+def _read_process(pid: int, mine: Iovecs, theirs: Iovecs) -> None:
+    wanted = int(mine[:, 1].sum())
+    got = _vm_readv(pid, mine.ctypes.data, len(mine), theirs.ctypes.data, len(theirs), 0)
+    if got == wanted:
+        return
+    if got > 0:
+        # A call moves 2 GiB at most, and stops before what is not mapped: the second try tells which it was.
+        _read_process(pid, advance(mine, got), advance(theirs, got))
+        return
+    if got == 0:
+        raise BufferError(f"process {pid} has not all of that memory mapped")
+    error = ctypes.get_errno()
+    if error == 14:  # EFAULT
+        raise BufferError(f"process {pid} has not all of that memory mapped")
+    raise OSError(error, os.strerror(error))
+
+
+def advance(pieces: Iovecs, count: int) -> Iovecs:
+    """What is left of `pieces` after their first `count` bytes; the array given is not changed."""
+    ends = np.cumsum(pieces[:, 1])
+    at = int(np.searchsorted(ends, count, side="right"))
+    rest = pieces[at:]
+    if at < len(pieces):
+        cut = count - (int(ends[at - 1]) if at else 0)
+        if cut:
+            rest = rest.copy()
+            rest[0, 0] += np.uint64(cut)
+            rest[0, 1] -= np.uint64(cut)
+    return rest
