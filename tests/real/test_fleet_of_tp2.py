@@ -19,13 +19,14 @@ from interlock.text.model import TextModel
 pytestmark = [pytest.mark.fleet, pytest.mark.timeout(300)]
 
 
+@pytest.mark.parametrize("engine", [pytest.param("vllm:1", marks=pytest.mark.vllm), "transformers:1"])
 async def test_one_engine_of_two_ranks_answers_and_ctrl_c_leaves_nothing(
-    descendants: Callable[[int], list[int]], run_home: Path, monkeypatch: pytest.MonkeyPatch
+    descendants: Callable[[int], list[int]], run_home: Path, monkeypatch: pytest.MonkeyPatch, engine: str
 ) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(run_home))
     host, model = RealHost(), build_demo_model()
     prompt = demo.documents(TextModel.load(model).encode)[0]
-    async with demo.running_fleet(host, str(model), free_port(), print, engines=1, tp=2) as fleet:
+    async with demo.running_fleet(host, str(model), free_port(), print, engine=engine, tp=2) as fleet:
         first = await fleet.answer(prompt, 16)
         again = await fleet.answer(prompt, 16)
         assert first.completion.tokens == again.completion.tokens

@@ -1,6 +1,6 @@
 """`interlock demo`: what a fleet does that one engine does not, shown on this machine and checked token by token.
 
-The road: a plain vLLM run makes the reference; a fleet of two engines starts; long documents are asked about cold, on the
+The road: a plain run of vLLM (or of the Transformers library) makes the reference; a fleet of two engines starts; long documents are asked about cold, on the
 same engine, and on the *other* engine through the shared cache; a stream is frozen by pause and goes on; an engine is
 killed in mid-stream and the stream goes on. Every token must equal the plain run's (ties within float error apart).
 """
@@ -20,9 +20,9 @@ from typing import Any
 
 import msgspec
 
-from interlock.cli.equality import Comparison, Completion, compare
 from interlock.host.base import Child
 from interlock.host.real import RealHost
+from interlock.testing.equality import Comparison, Completion, compare
 
 DOCUMENT_MODULES = ["argparse", "subprocess", "datetime", "logging"]
 """Long prefixes that are on any machine: what these standard modules say of themselves."""
@@ -32,6 +32,7 @@ STREAM_TOKENS = 160
 FREEZE_AFTER_TOKENS = 20
 FREEZE_SECONDS = 1.5
 READY_SECONDS_MAX = 600.0
+PLAIN = {"vllm": "a plain vLLM engine", "transformers": "the Transformers library's own generate"}
 
 
 class Answer(msgspec.Struct):
@@ -188,11 +189,18 @@ def print_table(rows: list[Row], say: Callable[[str], None]) -> None:
 
 @contextlib.asynccontextmanager
 async def running_fleet(
-    host: RealHost, model: str, port: int, say: Callable[[str], None], *, engines: int = 2, tp: int = 1
+    host: RealHost,
+    model: str,
+    port: int,
+    say: Callable[[str], None],
+    *,
+    engine: str = "vllm:2",
+    tp: int = 1,
 ) -> AsyncIterator[Fleet]:
-    """`interlock serve` in a child process, ready; ended, with all its processes, on the way out."""
+    """`interlock serve` in a child process, ready; ended, with all its processes, on the way out. `engine` names numbers."""
     interlock = [sys.executable, "-m", "interlock"]
-    shape = ["--engines", str(engines), "--tp", str(tp)]
+    engines = sum(int(part.partition(":")[2]) for part in engine.split(","))
+    shape = ["--engine", engine, "--tp", str(tp)]
     argv = [*interlock, "serve", model, *shape, "--port", str(port), "--served-model-name", "demo"]
     child = await host.spawn(argv, env=dict(os.environ), log=None)
     fleet = Fleet(host, child, port, interlock)
@@ -268,7 +276,7 @@ async def show(
     )
     made.append(("engine killed in mid-stream", 1, completion))
     say(f"  {len(completion.tokens)} tokens in all; the longest silence between two: {longest:.2f} s\n")
-    say("4. Are these the tokens of a plain vLLM run?")
+    say("4. Are these the tokens of a plain run?")
     comparisons = [compare(name, reference[index], completion) for name, index, completion in made]
     for comparison in comparisons:
         say(f"  {comparison}")
@@ -295,14 +303,20 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--port", type=int, default=0, help="port of the fleet that the demo starts (default: a free one)"
     )
+    parser.add_argument(
+        "--engine",
+        choices=list(PLAIN),
+        default="vllm",
+        help="what the fleet's two engines are (default vllm; transformers starts in seconds)",
+    )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    return asyncio.run(demo(arguments.model, arguments.port))
+    return asyncio.run(demo(arguments.model, arguments.port, arguments.engine))
 
 
-async def demo(model: str | None, port: int) -> int:
+async def demo(model: str | None, port: int, engine: str) -> int:
     from interlock.engines.demo_model import build_demo_model
     from interlock.host.sockets import free_port
     from interlock.text.model import TextModel
@@ -315,17 +329,21 @@ async def demo(model: str | None, port: int) -> int:
     directory = Path(model) if model else build_demo_model()
     text = TextModel.load(directory)
     prompts = documents(text.encode)
-    say("0. The reference: a plain vLLM engine, no Interlock")
-    reference = await plain_run(host, directory, prompts)
-    async with running_fleet(host, str(directory), port or free_port(), say) as fleet:
+    say(f"0. The reference: {PLAIN[engine]}, no Interlock")
+    reference = await plain_run(host, directory, prompts, engine)
+    async with running_fleet(host, str(directory), port or free_port(), say, engine=f"{engine}:2") as fleet:
         return 0 if await show(fleet, prompts, reference, say) else 1
 
 
-async def plain_run(host: RealHost, model: Path, prompts: list[list[int]]) -> list[Completion]:
-    """The same prompts on a plain vLLM engine, in a process of its own that is gone afterwards."""
+async def plain_run(
+    host: RealHost, model: Path, prompts: list[list[int]], engine: str = "vllm"
+) -> list[Completion]:
+    """The same prompts without anything of ours, in a process of its own that is gone afterwards."""
     from interlock.host.blocking import run_command
 
-    question = msgspec.json.encode({"model": str(model), "prompts": prompts, "tokens": STREAM_TOKENS})
+    question = msgspec.json.encode(
+        {"model": str(model), "prompts": prompts, "tokens": STREAM_TOKENS, "engine": engine}
+    )
     argv = [sys.executable, "-m", "interlock.engines.plain"]
     answer = await host.in_thread(lambda: run_command(argv, timeout_s=READY_SECONDS_MAX, stdin=question))
     return msgspec.json.decode(answer.splitlines()[-1], type=list[Completion])

@@ -11,6 +11,7 @@ import secrets
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -28,6 +29,8 @@ from interlock.host.real import RealHost
 GIB = 1 << 30
 RUN_DIR_BYTES_MAX = 107 - len("/v1023/") - 36
 """vLLM names its sockets by 36 characters in a folder of ours; the kernel takes 107 bytes."""
+ENGINES_DEFAULT = 2
+KINDS = {"vllm": "vLLM", "transformers": "Transformers"}
 VERSION = "0"
 """Of the weights that every engine loads at start."""
 
@@ -38,13 +41,20 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     model: Path
     architecture: str
     served_name: str
-    engines: int
+    kinds: list[str]
+    """Of each engine, in order: "vllm" or "transformers"."""
     tensor_parallel: int
     host: str
     port: int
     store_bytes: int
+    disk: Path | None = None
+    disk_bytes: int = 0
     api_key: str | None
     vllm_arguments: list[str]
+
+    @property
+    def engines(self) -> int:
+        return len(self.kinds)
 
 
 def serve(parsed: argparse.Namespace, vllm_arguments: list[str]) -> int:
@@ -73,8 +83,9 @@ def check(parsed: argparse.Namespace, vllm_arguments: list[str]) -> Asked:
             f"--host {parsed.host} can be reached by others, so it needs --api-key KEY; "
             "or listen on 127.0.0.1, which is the default"
         )
-    if parsed.engines > MEMBERS_MAX:
-        raise Usage(f"--engines {parsed.engines} is more than the {MEMBERS_MAX} that a fleet can have")
+    kinds = chosen_kinds(parsed.engine, parsed.engines)
+    if vllm_arguments and "vllm" not in kinds:
+        raise Usage("arguments after -- are for vLLM, and no vLLM engine is asked for")
     try:
         check_vllm_args(vllm_arguments)
         if parsed.model is not None:
@@ -90,14 +101,44 @@ def check(parsed: argparse.Namespace, vllm_arguments: list[str]) -> Asked:
         model=checkpoint.path,
         architecture=checkpoint.architecture,
         served_name=parsed.served_model_name or default_name,
-        engines=parsed.engines,
+        kinds=kinds,
         tensor_parallel=parsed.tp,
         host=parsed.host,
         port=parsed.port,
         store_bytes=int(parsed.store_gib * GIB),
+        disk=parsed.disk,
+        disk_bytes=int(parsed.disk_gib * GIB) if parsed.disk is not None else 0,
         api_key=api_key,
         vllm_arguments=vllm_arguments,
     )
+
+
+def chosen_kinds(asked: list[list[tuple[str, int | None]]] | None, engines: int | None) -> list[str]:
+    """One kind for each engine, from `--engine` (repeated, in lists, with numbers or without) and `--engines`.
+
+    Raises `Usage`.
+    """
+    named = [one for group in asked or [[("vllm", None)]] for one in group]
+    numbered = [count is not None for _, count in named]
+    if any(numbered) and not all(numbered):
+        raise Usage("--engine: give a number for every kind or for none, as in vllm:1,transformers:2")
+    if all(numbered):
+        kinds = [kind for kind, count in named for _ in range(count or 0)]
+        if engines is not None and engines != len(kinds):
+            raise Usage(
+                f"--engines {engines} and --engine do not agree: that names {len(kinds)}; leave --engines out"
+            )
+    elif len(named) == 1:
+        kinds = [named[0][0]] * (ENGINES_DEFAULT if engines is None else engines)
+    elif engines is None or engines == len(named):
+        kinds = [kind for kind, _ in named]
+    else:
+        raise Usage(
+            f"--engines {engines} of {len(named)} kinds: say how many of each, as in vllm:1,transformers:2"
+        )
+    if len(kinds) > MEMBERS_MAX:
+        raise Usage(f"{len(kinds)} engines are more than the {MEMBERS_MAX} that a fleet can have")
+    return kinds
 
 
 def _is_loopback(host: str) -> bool:
@@ -143,7 +184,7 @@ async def _serve(asked: Asked) -> int:
     try:
         _check_length(run_dir.path)
         plan = make_plan(asked, run_dir.path, _model_identity(host, asked.model))
-        engines = f"{asked.engines} engine{'s' if asked.engines > 1 else ''}"
+        engines = _engines_in_words(asked.kinds)
         ranks = f" of {asked.tensor_parallel} ranks" if asked.tensor_parallel > 1 else ""
         say(
             f"  {engines}{ranks}, {asked.architecture} from {asked.model}, "
@@ -167,6 +208,12 @@ async def _serve(asked: Asked) -> int:
         run_dir.remove()
 
 
+def _engines_in_words(kinds: list[str]) -> str:
+    counts = [(kinds.count(kind), KINDS[kind]) for kind in dict.fromkeys(kinds)]
+    words = " and ".join(f"{count} {name}" for count, name in counts)
+    return f"{words} engine{'s' if len(kinds) > 1 else ''}"
+
+
 def _check_length(run: Path) -> None:
     if len(os.fsencode(run)) > RUN_DIR_BYTES_MAX:
         raise Failure(
@@ -177,8 +224,8 @@ def _check_length(run: Path) -> None:
 
 def _model_identity(host: RealHost, model: Path) -> str:
     """By content, remembered by (path, size, time): equal names mean equal tokens and a common KV cache."""
-    from interlock.connectors.models import UnknownModelError, model_identity
     from interlock.engines.demo_model import cache_folder
+    from interlock.store.models import UnknownModelError, model_identity
 
     cache = cache_folder()
     cache.mkdir(parents=True, exist_ok=True)
@@ -239,7 +286,14 @@ def _coordinator_part(asked: Asked, address: str, states: Path) -> Part:
 def _store_part(asked: Asked, address: str, states: Path) -> Part:
     from interlock.store.main import StoreConfig
 
-    config = StoreConfig(address=address, state_dir=states / "store", slab_bytes=asked.store_bytes)
+    config = StoreConfig(
+        address=address,
+        state_dir=states / "store",
+        slab_bytes=asked.store_bytes,
+        disk=asked.disk,
+        disk_bytes=asked.disk_bytes,
+        end_frozen_writers=True,
+    )
     return Part(name="store", kind="store", config=encode_config(config))
 
 
@@ -262,30 +316,33 @@ def _front_part(asked: Asked, coordinator: str, states: Path, token: Path) -> Pa
 def _engine_part(asked: Asked, index: int, run: Path, coordinator: str, store: str, model_id: str) -> Part:
     from interlock.engines.main import EngineProcessConfig
     from interlock.engines.runner import RunnerConfig
+    from interlock.engines.transformers.setup import TransformersConfig
     from interlock.engines.vllm_setup import VllmConfig
 
     name = f"engine-{index}"
-    state = run / "state" / name
+    common: dict[str, Any] = {
+        "model": str(asked.model),
+        "model_id": model_id,
+        "name": name,
+        "store": store,
+        "state_dir": str(run / "state" / f"{name}-kv"),
+        "scratch_dir": str(run / f"v{index}"),  # vLLM's socket paths have 107 bytes at most
+        "tensor_parallel": asked.tensor_parallel,
+        "threads": threads_per_rank(asked),
+        "log": str(run / f"{name}.log"),
+    }
+    vllm = asked.kinds[index] == "vllm"
     config = EngineProcessConfig(
         runner=RunnerConfig(
             name=name,
             address=f"unix:{run / f'{name}.sock'}",
             coordinator=coordinator,
-            state_dir=state,
+            state_dir=run / "state" / name,
             version=VERSION,
+            weights=str(asked.model),
         ),
-        vllm=VllmConfig(
-            model=str(asked.model),
-            model_id=model_id,
-            name=name,
-            store=store,
-            state_dir=str(run / "state" / f"{name}-kv"),
-            scratch_dir=str(run / f"v{index}"),  # vLLM's socket paths have 107 bytes at most
-            tensor_parallel=asked.tensor_parallel,
-            threads=threads_per_rank(asked),
-            arguments=asked.vllm_arguments,
-            log=str(run / f"{name}.log"),
-        ),
+        vllm=VllmConfig(**common, arguments=asked.vllm_arguments) if vllm else None,
+        transformers=None if vllm else TransformersConfig(**common),
         failure=run / f"{name}.failure",
         shared_memory=run / f"{name}.shm",
     )

@@ -1,9 +1,6 @@
 """A small Llama checkpoint, built here from nothing but the standard library: what `interlock serve` serves by default.
 
-It is no language model: its weights are random. They are drawn so that it is a good instrument. Attention is peaked and
-weighs as much as the token itself, so each next token depends on the whole context: a wrong or missing KV block changes
-what follows, at once. (A usual initialisation repeats one token for ever, whatever the context, and would hide it.)
-Logits are spread enough that float error decides no step.
+It is no language model: its weights are random (`engines/random_llama`).
 
 The tokenizer is trained on the standard library's sources. Tokens that are no whole text (half of a UTF-8 sequence,
 control characters, special tokens) have an output row of zeros, so that greedy decoding yields valid text; this
@@ -27,20 +24,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from interlock.engines.random_llama import LlamaShape, write_llama
+
 if TYPE_CHECKING:
-    import numpy as np
     from tokenizers import Tokenizer
 
 VERSION = 1
 """Raise it whenever a byte of the result changes: caches are keyed by it."""
 
-VOCABULARY = 8000
-HIDDEN = 512
-LAYERS = 6
-HEADS = 8
-KV_HEADS = 4
-INNER = 1408
-POSITIONS_MAX = 8192
+SHAPE = LlamaShape(
+    vocabulary=8000, hidden=512, layers=6, heads=8, kv_heads=4, inner=1408, positions=8192, embedding_gain=0.5
+)
+VOCABULARY = SHAPE.vocabulary
+POSITIONS_MAX = SHAPE.positions
 SEED = 20260501
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -113,8 +109,6 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _write_model(folder: Path) -> None:
-    from safetensors.numpy import save_file
-
     tokenizer = _train_tokenizer()
     tokenizer.save(str(folder / "tokenizer.json"))
     _write_json(
@@ -130,31 +124,12 @@ def _write_model(folder: Path) -> None:
     )
     end = SPECIALS.index(TURN_END)
     _write_json(folder / "generation_config.json", {"eos_token_id": end, "do_sample": False})
-    _write_json(
-        folder / "config.json",
-        {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "dtype": "float32",
-            "hidden_size": HIDDEN,
-            "intermediate_size": INNER,
-            "num_hidden_layers": LAYERS,
-            "num_attention_heads": HEADS,
-            "num_key_value_heads": KV_HEADS,
-            "head_dim": HIDDEN // HEADS,
-            "hidden_act": "silu",
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 10000.0,
-            "max_position_embeddings": POSITIONS_MAX,
-            "vocab_size": VOCABULARY,
-            "tie_word_embeddings": False,
-            "attention_bias": False,
-            "mlp_bias": False,
-            "bos_token_id": None,
-            "eos_token_id": end,
-        },
+    textless = sorted(
+        row
+        for token, row in tokenizer.get_vocab().items()
+        if token in SPECIALS or not _is_text(token, tokenizer)
     )
-    save_file(_draw_weights(tokenizer), folder / "model.safetensors", metadata={"format": "pt"})
+    write_llama(folder, SHAPE, SEED, end=end, never=textless)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -193,43 +168,3 @@ def _train_tokenizer() -> Tokenizer:
 def _is_text(token: str, tokenizer: Tokenizer) -> bool:
     text = tokenizer.decoder.decode([token])
     return "\N{REPLACEMENT CHARACTER}" not in text and all(c.isprintable() or c == "\n" for c in text)
-
-
-def _draw_weights(tokenizer: Tokenizer) -> dict[str, np.ndarray[Any, Any]]:
-    import numpy as np
-
-    random = np.random.Generator(np.random.PCG64(SEED))
-
-    def normal(rows: int, columns: int, gain: float) -> np.ndarray[Any, Any]:
-        """A matrix that maps a vector of unit mean square to one of mean square gain²."""
-        drawn = random.standard_normal((rows, columns), dtype=np.float32)
-        return drawn * np.float32(gain / columns**0.5)
-
-    def ones() -> np.ndarray[Any, Any]:
-        return np.ones(HIDDEN, dtype=np.float32)
-
-    kv = HIDDEN // HEADS * KV_HEADS
-    weights = {
-        "model.embed_tokens.weight": normal(VOCABULARY, HIDDEN, 0.5 * HIDDEN**0.5),
-        "model.norm.weight": ones(),
-    }
-    for layer in range(LAYERS):
-        prefix = f"model.layers.{layer}."
-        weights |= {
-            prefix + "input_layernorm.weight": ones(),
-            prefix + "post_attention_layernorm.weight": ones(),
-            # Scores get a standard deviation of 1.6² = 2.6: a query sees a handful of tokens, not an average of all.
-            prefix + "self_attn.q_proj.weight": normal(HIDDEN, HIDDEN, 1.6),
-            prefix + "self_attn.k_proj.weight": normal(kv, HIDDEN, 1.6),
-            prefix + "self_attn.v_proj.weight": normal(kv, HIDDEN, 1.4),
-            prefix + "self_attn.o_proj.weight": normal(HIDDEN, HIDDEN, 1.4),
-            prefix + "mlp.gate_proj.weight": normal(INNER, HIDDEN, 1.0),
-            prefix + "mlp.up_proj.weight": normal(INNER, HIDDEN, 1.0),
-            prefix + "mlp.down_proj.weight": normal(HIDDEN, INNER, 1.0),
-        }
-    head = normal(VOCABULARY, HIDDEN, 2.5)
-    for token, row in tokenizer.get_vocab().items():
-        if token in SPECIALS or not _is_text(token, tokenizer):
-            head[row] = 0.0
-    weights["lm_head.weight"] = head
-    return weights

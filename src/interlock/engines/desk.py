@@ -69,6 +69,8 @@ class Stream(msgspec.Struct):
     cached_tokens: int = 0
     finish: str = ""
     detail: str = ""
+    versions: list[tuple[int, str]] = []
+    """Weights versions that made the tokens: each from which token on."""
     sent: int = 0
     end_sent: bool = False
     task: asyncio.Task[None] | None = None
@@ -106,8 +108,16 @@ class Front:
 class Desk:
     """Serves fronts. `judge` says whether a dispatch may begin now; `on_gone` hears that the engine has died."""
 
-    def __init__(self, clock: Clock, engine: Engine, judge: Judge, on_gone: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        clock: Clock,
+        engine: Engine,
+        judge: Judge,
+        on_gone: Callable[[str], None],
+        version: Callable[[], str | None] = lambda: None,
+    ) -> None:
         self._clock, self._engine, self._judge, self._on_gone = clock, engine, judge, on_gone
+        self._version = version  # of the weights, while tokens are made
         self._fronts: dict[str, Front] = {}
         self._works = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -243,6 +253,9 @@ class Desk:
             self._end(front, stream, "error", f"the engine failed: {type(error).__name__}: {error}")
 
     def _add(self, front: Front, stream: Stream, progress: Progress) -> None:
+        version = self._version() or ""
+        if progress.tokens and (not stream.versions or stream.versions[-1][1] != version):
+            stream.versions.append((len(stream.tokens), version))
         stream.tokens += progress.tokens
         stream.logprobs += progress.logprobs
         stream.cached_tokens = progress.cached_tokens
@@ -307,13 +320,26 @@ class Desk:
         return task
 
 
+def _version_at(stream: Stream, start: int) -> tuple[str, int]:
+    """Which weights made the token at `start`, and the first token after it that others made."""
+    until, version = len(stream.tokens), ""
+    for begin, name in reversed(stream.versions):
+        if begin <= start:
+            version = name
+            break
+        until = begin
+    return version, until
+
+
 def _collect(front: Front) -> list[Delta]:
     """What did not go out yet, up to one frame's worth, marked as sent; the rest is the next frame's."""
     deltas, room = [], TOKENS_PER_FRAME_MAX
     for stream in front.streams.values():
         if not stream.waits or room <= 0:
             continue
-        start, stop = stream.sent, min(len(stream.tokens), stream.sent + room)
+        start = stream.sent
+        version, until = _version_at(stream, start)
+        stop = min(until, start + room)
         last = stop == len(stream.tokens)
         finish = stream.finish if last else ""
         deltas.append(
@@ -326,6 +352,7 @@ def _collect(front: Front) -> list[Delta]:
                 finish,
                 stream.cached_tokens,
                 stream.detail[:DETAIL_CHARS_MAX] if finish else "",
+                version,
             )
         )
         room -= stop - start

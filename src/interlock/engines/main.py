@@ -12,9 +12,9 @@ from pathlib import Path
 import msgspec
 
 from interlock.core.limits import CHILD_GRACE_SECONDS
-from interlock.engines.base import EngineStartError
+from interlock.engines.base import Engine, EngineStartError
 from interlock.engines.runner import STATUS_FAILED, Runner, RunnerConfig
-from interlock.engines.vllm import VllmEngine
+from interlock.engines.transformers.setup import TransformersConfig
 from interlock.engines.vllm_setup import VllmConfig
 from interlock.host.base import Host
 from interlock.host.processes import become_subreaper, parent_gone
@@ -26,23 +26,43 @@ RECORD_SECONDS = 0.5
 
 
 class EngineProcessConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """All that one engine's process is started with."""
+    """All that one engine's process is started with: exactly one of `vllm` and `transformers`."""
 
     runner: RunnerConfig
-    vllm: VllmConfig
+    vllm: VllmConfig | None = None
+    transformers: TransformersConfig | None = None
     failure: Path
     """Written when the engine cannot start: the sentence for the operator."""
     shared_memory: Path
     """Kept up to date with the names of shared memory that the tree uses: whoever kills the tree removes them."""
 
+    @property
+    def engine(self) -> VllmConfig | TransformersConfig:
+        """Raises `ValueError` unless there is exactly one."""
+        chosen = [config for config in (self.vllm, self.transformers) if config is not None]
+        if len(chosen) != 1:
+            raise ValueError("an engine's process is one engine: name either vllm or transformers")
+        return chosen[0]
+
+
+def make_engine(host: Host, config: VllmConfig | TransformersConfig) -> Engine:
+    """The adapter for that configuration, not started; imports only what it needs."""
+    if isinstance(config, VllmConfig):
+        from interlock.engines.vllm import VllmEngine
+
+        return VllmEngine(host, config)
+    from interlock.engines.transformers.engine import TransformersEngine
+
+    return TransformersEngine(host, config)
+
 
 async def run_engine(host: Host, config: EngineProcessConfig) -> int:
     """One engine's whole life; returns the exit status, with no process of the tree left but this one."""
     become_subreaper()
-    scratch = Path(config.vllm.scratch_dir)
+    scratch = Path(config.engine.scratch_dir)
     host.files.make_private_dir(scratch)
     _empty(host, scratch)
-    runner = Runner(host, VllmEngine(host, config.vllm), config.runner)
+    runner = Runner(host, make_engine(host, config.engine), config.runner)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, runner.stop, f"got {signal.Signals(number).name}")
@@ -87,7 +107,7 @@ async def _record_shared_memory(host: Host, record: Path, known: set[str]) -> No
 
 
 def _empty(host: Host, folder: Path) -> None:
-    """vLLM's sockets, which it leaves behind also when it ends in order."""
+    """Sockets and meeting places that the engine's libraries leave behind also when they end in order."""
     for left in folder.iterdir():
         with contextlib.suppress(OSError):
             host.files.remove(left)

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 from interlock.core import lifecycle, targets
 from interlock.core.errors import InterlockError, ProtocolError, StaleError
@@ -34,7 +35,7 @@ from interlock.core.limits import (
     RECONNECT_SECONDS_MIN,
 )
 from interlock.core.targets import Mode, State, Step
-from interlock.engines.base import Engine, EngineGone
+from interlock.engines.base import Engine, EngineGone, EngineStartError, Unable, UpdateFailed
 from interlock.host.base import Host
 from interlock.wire import fleet_messages as wire
 from interlock.wire.channel import Channel, connect_channel
@@ -54,10 +55,12 @@ class Member:
         *,
         coordinator: str,
         facts: wire.EngineFacts,
+        weights: str = "",
         leave: Callable[[str, bool], None],
     ) -> None:
         self._host, self._me, self._engine = host, me, engine
         self._coordinator, self._facts, self._leave = coordinator, facts, leave
+        self._weights = weights  # what the engine was started with
         self.state = MemberState()
         self._changed = asyncio.Event()
         self._step: asyncio.Task[None] | None = None
@@ -118,30 +121,50 @@ class Member:
 
     async def _take(self, begin: Begin) -> None:
         try:
-            await self._perform(begin.step, begin.mode)
+            version = await self._perform(begin)
         except NotImplementedError as error:
             self._apply(StepFailed(begin.attempt, str(error), unchanged=True))
         except EngineGone as error:
             self._leave(str(error), False)
+        except UpdateFailed as error:
+            self._apply(StepFailed(begin.attempt, str(error)))
+        except EngineStartError as error:  # a resume: it is still suspended, and may be asked again
+            self._apply(StepFailed(begin.attempt, str(error), unchanged=True))
         except Exception as error:
             _log.exception("%s failed", begin.step)
             self._apply(StepFailed(begin.attempt, f"{begin.step} failed: {type(error).__name__}: {error}"))
         else:
-            version = self.state.version if begin.step is not Step.STOP else None
             self._apply(StepFinished(begin.attempt, version))
 
-    async def _perform(self, step: Step, mode: Mode) -> None:
-        match step:
+    async def _perform(self, begin: Begin) -> str | None:
+        """Takes the step; which weights the engine has then."""
+        engine = self._engine
+        match begin.step:
             case Step.PAUSE:
-                await self._engine.pause(mode)
+                await engine.pause(begin.mode)
             case Step.UNPAUSE:
-                await self._engine.unpause()
+                await engine.unpause()
+            case Step.UPDATE:
+                await engine.update_weights(self._checkpoint(begin), begin.version, begin.kv)
+                return begin.version
+            case Step.SUSPEND:
+                await engine.suspend()
+            case Step.RESUME:
+                await engine.resume()
             case Step.STOP:
-                await self._engine.stop()
+                await engine.stop()
+                return None
             case _:
-                raise NotImplementedError(
-                    f"this engine cannot {step.value}: it is not implemented for {self._facts.engine} yet"
-                )
+                raise NotImplementedError(f"{begin.step} is no step that a member takes")
+        return self.state.version
+
+    def _checkpoint(self, begin: Begin) -> Path:
+        where = begin.weights or self._weights
+        if not where:
+            raise Unable(
+                f"nobody says where the weights of version {begin.version!r} lie: name their checkpoint"
+            )
+        return Path(where)
 
     # --- the coordinator -----------------------------------------------------------------------------------------
 
@@ -226,9 +249,25 @@ def _heard(told: wire.Target) -> targets.Target:
     if state not in targets.TARGETS:
         raise ValueError(f"{state} cannot be a target")
     holds = tuple(targets.Hold(h.owner, Mode(h.mode), h.deadline_s) for h in told.holds)
-    return targets.Target(told.epoch, state, Mode(told.mode), told.version, holds)
+    return targets.Target(
+        told.epoch,
+        state,
+        Mode(told.mode),
+        told.version,
+        holds,
+        told.weights,
+        targets.KeptCache(told.kv),
+    )
 
 
 def _told(target: targets.Target) -> wire.Target:
     holds = [wire.Hold(h.owner, h.mode.value, h.deadline_s) for h in target.holds]
-    return wire.Target(target.epoch, target.state.value, target.mode.value, target.version, holds)
+    return wire.Target(
+        target.epoch,
+        target.state.value,
+        target.mode.value,
+        target.version,
+        holds,
+        target.weights,
+        target.kv.value,
+    )

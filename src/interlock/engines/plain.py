@@ -1,4 +1,4 @@
-"""A plain vLLM run, without anything of ours: the reference that the demo and the tests compare with.
+"""A plain run of vLLM, or of the Transformers library, without anything of ours: what the demo and the tests compare with.
 
 Reads one JSON question on standard input, answers with one JSON line as the last line of standard output.
 """
@@ -18,10 +18,11 @@ class Question(msgspec.Struct):
     model: str
     prompts: list[list[int]]
     tokens: int
+    engine: str = "vllm"
 
 
 class PlainCompletion(msgspec.Struct):
-    """As `cli.equality.Completion`: tokens, their logprobs, and how far the second best was behind each."""
+    """As `testing.equality.Completion`: tokens, their logprobs, and how far the second best was behind each."""
 
     tokens: list[int]
     logprobs: list[float]
@@ -30,6 +31,8 @@ class PlainCompletion(msgspec.Struct):
 
 def complete(question: Question) -> list[PlainCompletion]:
     """One prompt after the other, so that no batch changes the order of additions."""
+    if question.engine == "transformers":
+        return _complete_by_the_library(question)
     os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_CPU_OMP_THREADS_BIND="nobind")
     # OpenMP's threads wait for each other by spinning: with a busy neighbour, two on two cores are 20 times slower than one.
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -64,6 +67,37 @@ def _as_completion(answer: Any) -> PlainCompletion:
             min((chosen - other.logprob for t, other in alternatives.items() if t != token), default=0.0)
         )
     return made
+
+
+def _complete_by_the_library(question: Question) -> list[PlainCompletion]:
+    os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TRANSFORMERS_VERBOSITY="error")
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        question.model, dtype=torch.float32, local_files_only=True
+    ).eval()
+    answers = []
+    for prompt in question.prompts:
+        made = model.generate(
+            torch.tensor([prompt]),
+            do_sample=False,
+            min_new_tokens=question.tokens,
+            max_new_tokens=question.tokens,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        answer = PlainCompletion(made.sequences[0, len(prompt) :].tolist(), [], [])
+        for token, logits in zip(answer.tokens, made.logits, strict=True):
+            logprobs = torch.log_softmax(logits[0].float(), dim=-1)
+            best = torch.topk(logprobs, 2)
+            answer.logprobs.append(float(logprobs[token]))
+            # 0 where another was better: `generate` does not take the end token before its minimum.
+            other = best.values[1] if int(best.indices[0]) == token else best.values[0]
+            answer.margins.append(max(0.0, float(logprobs[token] - other)))
+        answers.append(answer)
+    return answers
 
 
 if __name__ == "__main__":

@@ -51,6 +51,8 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """A private directory of its own; its incarnation is kept there."""
     version: str
     """Of the weights that the engine loads at start."""
+    weights: str = ""
+    """The checkpoint it loads them from."""
 
 
 class Runner:
@@ -108,7 +110,7 @@ class Runner:
             model=capabilities.model,
             max_model_tokens=capabilities.max_model_tokens,
             engine=capabilities.kind,
-            capabilities=capabilities.features,
+            capabilities=[*capabilities.features, *capabilities.abilities],
             pid=os.getpid(),
         )
         self._member = Member(
@@ -117,9 +119,16 @@ class Runner:
             self._engine,
             coordinator=self._config.coordinator,
             facts=facts,
+            weights=self._config.weights,
             leave=self._leave,
         )
-        self.desk = Desk(self._host.clock, self._engine, self._member.judge, self._died)
+        self.desk = Desk(
+            self._host.clock,
+            self._engine,
+            self._member.judge,
+            self._died,
+            lambda: self.member_state.version,
+        )
         listener = await serve_channels(
             self._host, self._config.address, me=me, accept=FromFront, on_channel=self._on_channel
         )

@@ -1,234 +1,283 @@
-"""vLLM as an engine: `AsyncLLM` in this process, its core and its workers in processes of their own.
+"""vLLM as an engine: requests of ours over one `AsyncLLM` after another (`vllm_core`).
 
 What can go wrong, and what is done about it (research: vLLM 0.32):
 
 * `pause_generation` clears the prefix cache and calls the connector's `reset_cache` unless told otherwise, in every
   mode. It is always told otherwise: `clear_cache=False`. Weights versions are kept apart by the salt of each request.
-* A dead core is noticed by a thread inside vLLM that tells nobody. `died` watches the core's process and asks.
-* Building an `AsyncLLM` blocks for as long as a model takes to load. It is built in a thread, so that the runner can
-  still hear its supervisor meanwhile.
-* What went wrong in the core stands in its own output, above a `RuntimeError` that says only that something did.
-  `explain_failure` finds the sentence.
+* On CPU vLLM neither changes weights in place (they are packed at load) nor gives memory back (sleep is ignored). There an
+  update and a suspension end the core, and a request goes on in the next one (`vllm_requests`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Sequence
+import logging
+from collections import Counter
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-from interlock.core.targets import Mode
-from interlock.engines.base import Capabilities, EngineGone, EngineStartError, Progress, RequestRejected, Work
-from interlock.engines.vllm_failures import explain_failure, first_line
-from interlock.engines.vllm_setup import VllmConfig, engine_arguments, prepare_environment
-from interlock.host.base import Host, Watch
-from interlock.wire.engine_messages import Sampling, TokenLogprobs
+import msgspec
+
+from interlock.core.targets import KeptCache, Mode, stricter
+from interlock.engines.base import (
+    Capabilities,
+    Engine,
+    EngineGone,
+    EngineStartError,
+    NotStanding,
+    Progress,
+    RequestRejected,
+    Unable,
+    UpdateFailed,
+    Work,
+)
+from interlock.engines.vllm_core import VllmCore
+from interlock.engines.vllm_failures import first_line
+from interlock.engines.vllm_requests import CoreEnded, Kept
+from interlock.engines.vllm_setup import BLOCK_TOKENS, VllmConfig, prepare_environment
+from interlock.host.base import Host
+from interlock.store.models import UnknownModelError, model_identity
 from interlock.wire.fleet_messages import Load
 
+_log = logging.getLogger(__name__)
+
 DEATH_POLL_SECONDS = 0.2
-LOG_BYTES_MAX = 1 << 20
-STOP_SECONDS = 2.0
 
 
-class _LastStats:
-    """vLLM's statistics of its last step, kept instead of logged (a `StatLoggerBase`, by shape)."""
-
-    def __init__(self) -> None:
-        self.load = Load()
-
-    def __call__(self, *_: object) -> _LastStats:
-        return self
-
-    def record(self, scheduler_stats: Any = None, *_: object, **__: object) -> None:
-        if scheduler_stats is not None:
-            waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
-            self.load = Load(
-                running=scheduler_stats.num_running_reqs,
-                waiting=waiting,
-                kv_used_share=float(scheduler_stats.kv_cache_usage),
-            )
-
-    def log_engine_initialized(self) -> None: ...
-
-    def log(self) -> None: ...
-
-    def record_sleep_state(self, is_awake: int, level: int) -> None: ...
-
-
-class VllmEngine:
-    """`engines.base.Engine` over one `AsyncLLM`."""
+class VllmEngine(Engine):
+    """`engines.base.Engine` over vLLM."""
 
     def __init__(self, host: Host, config: VllmConfig) -> None:
-        self._host = host
-        self._config = config
-        self._llm: Any = None
-        self._stats = _LastStats()
-        self._paused = False
+        self._host, self._config = host, config
+        self._core: VllmCore | None = None
+        self._mode: Mode | None = None
+        """Of the pause in force or under way; None: not paused."""
+        self._stands = False
+        self._suspended = False
+        self._asleep = False
+        self._broken = ""
+        """Why there are no weights; empty: there are."""
         self._stopping = False
-        self._core: list[Watch] = []
+        self._max_model_tokens = 0
+        self._kept: dict[str, Kept] = {}
+        self._turned = asyncio.Condition()
+        self._counts: Counter[str] = Counter()
 
     async def start(self) -> Capabilities:
         prepare_environment(self._config)
-        try:
-            self._llm = await self._host.in_thread(self._build)
-        except EngineStartError:
-            raise
-        except BaseException as error:
-            if isinstance(error, asyncio.CancelledError):
-                raise
-            raise EngineStartError(self._explain(error)) from error
-        self._core = [self._host.watch(process.pid) for process in self._core_processes()]
+        self._core = await VllmCore.start(self._host, self._config)
+        self._max_model_tokens = self._core.max_model_tokens
         return Capabilities(
             kind="vllm",
             model=self._config.model_id,
-            max_model_tokens=int(self._llm.model_config.max_model_len),
+            max_model_tokens=self._max_model_tokens,
             pause_modes=frozenset(Mode),
             features=["logprobs", "logit_bias", "priority", "seed"],
+            saves=self._config.store is not None,
+            block_tokens=BLOCK_TOKENS,
+            updates=True,
+            suspends=True,
         )
-
-    def _build(self) -> Any:
-        from vllm.v1.engine.async_llm import AsyncLLM
-
-        return AsyncLLM.from_engine_args(engine_arguments(self._config), stat_loggers=[self._stats])
-
-    def _core_processes(self) -> Sequence[Any]:
-        manager = self._llm.engine_core.resources.engine_manager
-        return list(manager.processes) if manager is not None else []
-
-    @property
-    def _running(self) -> Any:
-        if self._llm is None:
-            raise EngineGone("the engine was stopped")
-        return self._llm
-
-    def _explain(self, error: BaseException) -> str:
-        log = ""
-        if self._config.log:
-            with contextlib.suppress(OSError):
-                log = Path(self._config.log).read_bytes()[-LOG_BYTES_MAX:].decode(errors="replace")
-        return explain_failure(error, log)
 
     # --- requests ------------------------------------------------------------------------------------------------
 
     async def generate(self, work: Work) -> AsyncGenerator[Progress, None]:
-        from vllm.exceptions import VLLMClientError
-        from vllm.inputs.engine import tokens_input
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        prompt = tokens_input(list(work.prompt), cache_salt=work.cache_salt)
+        kept = self._kept[work.key] = Kept(work, self._counts)
         try:
-            outputs = self._running.generate(prompt, to_vllm(work.sampling), work.key, priority=work.priority)
-            async with contextlib.aclosing(outputs):
-                async for output in outputs:
-                    yield _progress(output, work.sampling)
-        except EngineDeadError as error:
-            raise EngineGone("vLLM's core process is gone") from error
-        except (VLLMClientError, ValueError, TypeError) as error:
-            raise RequestRejected(first_line(error)) from error
+            while True:
+                core = await self._core_for(kept)
+                if core is None:
+                    yield Progress([], [], "abort", kept.cached_tokens or 0)
+                    return
+                prompt, sampling, end = kept.restated(self._max_model_tokens)
+                if end is not None:
+                    yield end
+                    return
+                with contextlib.suppress(CoreEnded):
+                    async with contextlib.aclosing(kept.attempt(core, prompt, sampling)) as steps:
+                        async for progress in steps:
+                            yield progress
+                            if progress.finish:
+                                return
+        except (EngineGone, RequestRejected):
+            raise
+        except Exception as error:
+            _log.exception("vLLM failed at request %s", work.key)
+            words = f"vLLM failed at it: {type(error).__name__}: {first_line(error)}"
+            yield Progress([], [], "error", kept.cached_tokens or 0, words)
+        finally:
+            del self._kept[work.key]
+
+    async def _core_for(self, kept: Kept) -> VllmCore | None:
+        """Waits until there is a core to compute it, paused or not; None: it was aborted meanwhile."""
+        async with self._turned:
+            await self._turned.wait_for(lambda: kept.aborted or self._core is not None or self._stopping)
+            if kept.aborted:
+                return None
+            return self._running
 
     async def abort(self, key: str) -> None:
-        with self._gone_if_dead():
-            await self._running.abort(key)
+        kept = self._kept.get(key)
+        if kept is None:
+            return
+        async with self._turned:
+            kept.aborted = True
+            self._turned.notify_all()
+        if self._core is not None and kept.queue is not None:
+            with self._gone_if_dead():
+                await self._core.llm.abort(kept.queue.request_id, internal=True)
 
     # --- standing still ------------------------------------------------------------------------------------------
 
     async def pause(self, mode: Mode) -> None:
-        self._paused = True
-        with self._gone_if_dead():
-            await self._running.pause_generation(mode=mode.value, clear_cache=False)
+        if self._stands and not stricter(mode, self._mode):
+            return
+        self._mode, self._stands = mode, False
+        if mode is Mode.ABORT:
+            for key in list(self._kept):
+                await self.abort(key)
+        core = self._core
+        if core is not None and not self._asleep:
+            with self._gone_if_dead():
+                await core.llm.pause_generation(mode=mode.value, clear_cache=False)
+        self._stands = True
 
     async def unpause(self) -> None:
-        if not self._paused:
+        if self._suspended:
+            raise NotStanding("the engine is suspended: resume it first")
+        if self._broken:
+            raise UpdateFailed(f"the engine has no weights: {self._broken}")
+        if self._mode is None:
             return
         with self._gone_if_dead():
-            await self._running.resume_generation()
-        self._paused = False
+            if self._asleep:  # vLLM steps as soon as its last memory is back
+                await self._running.llm.wake_up(tags=["kv_cache"])
+                self._asleep = False
+            else:
+                await self._running.llm.resume_generation()
+        self._mode, self._stands = None, False
+
+    async def update_weights(self, path: Path, version: str, kv: KeptCache = KeptCache.RECOMPUTE) -> None:
+        if kv is KeptCache.KEEP:
+            raise Unable("a vLLM engine changes weights by starting its core anew, which drops its KV cache")
+        if self._suspended or not self._stands:
+            raise NotStanding("weights change only while the engine is paused and not suspended")
+        self._broken = f"the change to version {version} did not end"
+        try:
+            identity = await self._identity(path)
+            await self._end_core()
+            config = msgspec.structs.replace(self._config, model=str(path), model_id=identity)
+            core = await self._start_core(config)
+            if core.max_model_tokens != self._max_model_tokens:
+                await core.end()
+                raise EngineStartError(
+                    f"it has room for {core.max_model_tokens} tokens, the engine promised {self._max_model_tokens}"
+                )
+        except (EngineStartError, UnknownModelError, OSError) as error:
+            self._broken = f"version {version} from {path} could not be loaded: {error}"
+            raise UpdateFailed(self._broken) from error
+        self._config, self._broken = config, ""
+        await self._turn(core)
+
+    async def _identity(self, path: Path) -> str:
+        cache = Path(self._config.state_dir) / "digests.json"
+        return await self._host.in_thread(
+            lambda: model_identity(str(path), None, files=self._host.files, cache=cache)
+        )
+
+    async def suspend(self) -> None:
+        if self._suspended:
+            return
+        if not self._stands:
+            raise NotStanding("the engine is suspended only while it is paused")
+        core = self._core
+        self._suspended = True
+        if core is not None and core.sleeps:
+            # Written against vLLM 0.32 for platforms that have it; not run on one in this project.
+            with self._gone_if_dead():
+                await core.llm.reset_prefix_cache(reset_running_requests=True, reset_connector=False)
+                await core.llm.sleep(level=1, mode="keep")
+            self._asleep = True
+        else:
+            await self._end_core()
+
+    async def resume(self) -> None:
+        if not self._suspended:
+            return
+        if self._asleep:
+            with self._gone_if_dead():
+                await self._running.llm.wake_up(tags=["weights"])
+        elif not self._broken:
+            await self._turn(await self._start_core(self._config))
+        self._suspended = False
+
+    # --- cores ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _running(self) -> VllmCore:
+        if self._core is None:
+            raise EngineGone("the engine was stopped")
+        return self._core
+
+    async def _end_core(self) -> None:
+        """Requests leave it first, with the tokens they have handed on; what was on its way is computed again."""
+        core, self._core = self._core, None
+        self._asleep = False
+        if core is None:
+            return
+        self._empty(core)
+        await core.end()
+
+    def _empty(self, core: VllmCore) -> None:
+        core.ending = True
+        for kept in self._kept.values():
+            if kept.queue is not None:
+                kept.queue.put(CoreEnded())
+
+    async def _start_core(self, config: VllmConfig) -> VllmCore:
+        """A new core that stands before any request reaches it. Raises `EngineStartError`, `EngineGone`."""
+        core = await VllmCore.start(self._host, config)
+        if self._stopping:
+            await core.end()
+            raise EngineGone("the engine was stopped while a core started")
+        with self._gone_if_dead():
+            await core.llm.pause_generation(mode=Mode.KEEP.value, clear_cache=False)
+        return core
+
+    async def _turn(self, core: VllmCore | None) -> None:
+        """Requests that wait for a core go on in this one."""
+        async with self._turned:
+            self._core = core
+            self._turned.notify_all()
 
     async def stop(self) -> None:
         self._stopping = True
-        llm, self._llm = self._llm, None
-        if llm is None:
-            return
-        await self._host.in_thread(lambda: llm.shutdown(timeout=STOP_SECONDS))
-        for watch in self._core:
-            watch.close()
+        core = self._core
+        await self._turn(None)
+        if core is not None:
+            self._empty(core)
+            await core.end()
 
     async def died(self) -> str:
-        while self._llm is not None and not self._llm.errored:
-            if any(watch.exited for watch in self._core):
-                break
+        while self._stopping or self._core is None or not self._core.dead:
             await self._host.clock.sleep_s(DEATH_POLL_SECONDS)
-        if self._stopping:
-            await asyncio.get_running_loop().create_future()
         return "vLLM's core process or one of its workers has exited"
 
     def load(self) -> Load:
-        if self._llm is None or not self._llm.output_processor.has_unfinished_requests():
-            return Load()  # an idle engine makes no statistics: its last step's would stand for ever
-        return self._stats.load
+        if self._mode is not None or self._core is None:
+            used = self._core.load.kv_used_share if self._core is not None else 0.0
+            return Load(running=0, waiting=len(self._kept), kv_used_share=used)
+        return self._core.load
+
+    def counts(self) -> Mapping[str, int]:
+        return dict(self._counts)
 
     @contextlib.contextmanager
-    def _gone_if_dead(self) -> Any:
+    def _gone_if_dead(self) -> Iterator[None]:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
             yield
         except EngineDeadError as error:
             raise EngineGone("vLLM's core process is gone") from error
-
-
-# --- translation -------------------------------------------------------------------------------------------------
-
-
-def to_vllm(sampling: Sampling) -> Any:
-    """vLLM's `SamplingParams`; no text, new tokens only. Raises `ValueError` (vLLM's) for impossible values."""
-    from vllm.sampling_params import RequestOutputKind, SamplingParams
-
-    return SamplingParams(
-        max_tokens=sampling.max_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        seed=sampling.seed,
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
-        repetition_penalty=sampling.repetition_penalty,
-        min_tokens=sampling.min_tokens,
-        stop_token_ids=list(sampling.stop_token_ids),
-        ignore_eos=sampling.ignore_eos,
-        logit_bias=dict(sampling.logit_bias) or None,
-        logprobs=sampling.logprobs,
-        detokenize=False,
-        output_kind=RequestOutputKind.DELTA,
-    )
-
-
-FINISHES = {"stop": "stop", "length": "length", "abort": "abort", "error": "error", "repetition": "stop"}
-
-
-def _progress(output: Any, sampling: Sampling) -> Progress:
-    completion = output.outputs[0]
-    tokens = list(completion.token_ids)
-    finish = FINISHES[str(completion.finish_reason)] if completion.finish_reason is not None else ""
-    detail = ""
-    if finish == "stop" and completion.stop_reason is not None:
-        detail = str(completion.stop_reason)
-    if finish == "error":
-        detail = "vLLM ended this request with an internal error"
-    logprobs = []
-    if sampling.logprobs is not None and completion.logprobs is not None:
-        logprobs = [
-            _token_logprobs(token, position, sampling.logprobs)
-            for token, position in zip(tokens, completion.logprobs, strict=True)
-        ]
-    return Progress(tokens, logprobs, finish, int(output.num_cached_tokens or 0), detail)
-
-
-def _token_logprobs(token: int, position: Any, count: int) -> TokenLogprobs:
-    sampled = position[token]
-    best = sorted(position.items(), key=lambda item: item[1].rank)
-    top = [(int(t), float(p.logprob)) for t, p in best if p.rank <= count]
-    return TokenLogprobs(float(sampled.logprob), int(sampled.rank), top)
