@@ -17,9 +17,9 @@ if str(HERE) not in sys.path:  # helpers beside the tests; the ranks of vLLM fin
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import tiny_llama
+    from interlock.engines.random_llama import TINY, write_llama
 
-    return tiny_llama.build(tmp_path_factory.mktemp("model") / "tiny")
+    return write_llama(tmp_path_factory.mktemp("model") / "tiny", TINY, seed=7)
 
 
 @contextmanager

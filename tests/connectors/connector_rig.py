@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from interlock.cli.equality import Comparison, Completion, compare
-from interlock.connectors.vllm.keys import KeyChain
 from interlock.core.layouts import shard_of_rank
 from interlock.host.blocking import BlockingHost, monotonic_s, sleep_s
 from interlock.store.client import StoreClient
+from interlock.store.keys import KeyChain
+from interlock.testing.equality import Comparison, Completion, compare
 from interlock.wire.blocking import BlockingChannel
 from interlock.wire.identity import passing_identity
 from interlock.wire.store_messages import Attach, GetStats, NodeMessage, Stats

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -18,6 +19,10 @@ EXTRA = {"store": "unix:/run/store.sock", "engine": "engine-0"}
 
 class FullAttentionSpec(SimpleNamespace):
     """By vLLM's name: the connector asks for exactly this kind."""
+
+
+class MLAAttentionSpec(SimpleNamespace):
+    """Likewise, of latent attention."""
 
 
 class SlidingWindowSpec(SimpleNamespace):
@@ -66,7 +71,7 @@ def vllm_config(**changes: Any) -> Any:
             hf_text_config=SimpleNamespace(to_dict=lambda: {"rope_theta": 1e4, "_name_or_path": "/models/m"}),
             get_total_num_kv_heads=lambda: 4,
         ),
-        cache_config=SimpleNamespace(cache_dtype="auto"),
+        cache_config=SimpleNamespace(cache_dtype="auto", enable_prefix_caching=True),
         load_config=SimpleNamespace(load_format="auto"),
         speculative_config=None,
     )
@@ -101,13 +106,12 @@ def test_an_ordinary_engine_is_described() -> None:
     [
         ({"kv_transfer_config__kv_load_failure_policy": "fail"}, 'set it to "recompute"'),
         ({"kv_transfer_config__kv_role": "kv_producer"}, 'set it to "kv_both"'),
-        ({"parallel_config__pipeline_parallel_size": 2}, "pipeline parallelism"),
         ({"parallel_config__decode_context_parallel_size": 2}, "context parallelism"),
         ({"parallel_config__prefill_context_parallel_size": 2}, "context parallelism"),
         ({"parallel_config__tensor_parallel_size": 3}, "4 KV heads"),
         ({"speculative_config": object()}, "speculative decoding"),
-        ({"cache_config__cache_dtype": "fp8"}, "scales"),
-        ({"model_config__use_mla": True}, "MLA"),
+        ({"cache_config__cache_dtype": "nvfp4"}, "scales"),
+        ({"model_config__use_mla": True}, "FullAttentionSpec, not MLAAttentionSpec"),
         ({"load_config__load_format": "dummy"}, "model_id"),
     ],
 )
@@ -116,6 +120,72 @@ def test_what_cannot_be_shared_safely_is_refused_by_name_with_what_to_do(
 ) -> None:
     with pytest.raises(UnsupportedEngineError, match=says):
         shaped(vllm_config(**changes))
+
+
+def test_ranks_of_a_pipeline_write_their_layers_and_the_keys_do_not_know_of_it() -> None:
+    config = vllm_config(parallel_config__pipeline_parallel_size=2, parallel_config__tensor_parallel_size=2)
+    config.model_config.get_total_num_hidden_layers = lambda: 5
+    found = shaped(config)
+    assert (found.ranks, found.tensor_ranks, found.stages) == (4, 2, ((0, 3), (3, 5)))
+    assert (found.layout.layers, found.layout.cuts) == (5, (3,))
+    assert [tuple(msgspec.structs.astuple(found.shard(rank))) for rank in range(4)] == [
+        (0, 3, 0, 2),
+        (0, 3, 2, 4),
+        (3, 5, 0, 2),
+        (3, 5, 2, 4),
+    ]
+    assert [(found.stage_of(rank), found.heads_of(rank)) for rank in (0, 3)] == [
+        ((0, 3), (0, 2)),
+        ((3, 5), (2, 4)),
+    ]
+    assert found.layout.digest() == msgspec.structs.replace(found.layout, cuts=()).digest()
+
+
+def test_latent_attention_has_one_head_that_the_lowest_rank_of_each_stage_writes() -> None:
+    config = vllm_config(model_config__use_mla=True, parallel_config__tensor_parallel_size=4)
+    latent = spec(MLAAttentionSpec, num_kv_heads=1, head_size=576, head_size_v=0, dtype=torch.bfloat16)
+    found = shaped(config, cache_config(latent))
+    assert (found.layout.heads, found.layout.content, found.layout.scales) == (1, 576, 0)
+    assert [found.writes(rank) for rank in range(4)] == [True, False, False, False]
+    assert [found.heads_of(rank) for rank in range(4)] == [(0, 1)] * 4
+
+
+def test_latent_attention_that_computes_without_context_is_refused() -> None:
+    config = vllm_config(model_config__use_mla=True, cache_config__enable_prefix_caching=False)
+    with pytest.raises(UnsupportedEngineError, match="without prefix caching"):
+        shaped(config, cache_config(spec(MLAAttentionSpec)))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "changes", "content", "scales"),
+    [
+        ("fp8", {}, 128, 2),
+        ("fp8_e5m2", {}, 128, 2),
+        ("fp8_per_token_head", {"state_content_bytes": 136}, 136, 0),
+    ],
+)
+def test_quantised_kv_carries_its_scales_beside_or_inside_its_content(
+    dtype: str, changes: dict[str, Any], content: int, scales: int
+) -> None:
+    quantised = spec(dtype=torch.uint8, **changes)
+    found = shaped(vllm_config(cache_config__cache_dtype=dtype), cache_config(quantised))
+    assert (found.layout.dtype, found.layout.content, found.layout.scales) == ("uint8", content, scales)
+    assert found.variant != shaped().variant
+
+
+def test_formats_of_quantised_kv_that_are_equal_in_bytes_have_other_keys() -> None:
+    def variant(dtype: str) -> Any:
+        return shaped(
+            vllm_config(cache_config__cache_dtype=dtype), cache_config(spec(dtype=torch.uint8))
+        ).variant
+
+    assert variant("fp8") == variant("fp8_e4m3")
+    assert variant("fp8") != variant("fp8_e5m2")
+
+
+def test_a_checkpoint_that_quantises_by_itself_is_refused_until_the_dtype_is_said() -> None:
+    with pytest.raises(UnsupportedEngineError, match='set kv_cache_dtype to "fp8"'):
+        shaped(cache=cache_config(spec(dtype=torch.uint8)))
 
 
 def test_models_of_several_cache_groups_or_other_attention_are_refused() -> None:
@@ -128,10 +198,11 @@ def test_models_of_several_cache_groups_or_other_attention_are_refused() -> None
 
 
 def test_all_reasons_are_named_at_once() -> None:
-    with pytest.raises(UnsupportedEngineError, match=r"recompute.*pipeline"):
+    with pytest.raises(UnsupportedEngineError, match=r"recompute.*context parallelism"):
         shaped(
             vllm_config(
-                kv_transfer_config__kv_load_failure_policy="fail", parallel_config__pipeline_parallel_size=2
+                kv_transfer_config__kv_load_failure_policy="fail",
+                parallel_config__decode_context_parallel_size=2,
             )
         )
 

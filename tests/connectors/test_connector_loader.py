@@ -10,9 +10,9 @@ import pytest
 
 from interlock.connectors.vllm.loader import Loader
 from interlock.connectors.vllm.metadata import LoadTask
-from interlock.connectors.vllm.movers import GOOD, LATE, MISMATCH
 from interlock.core.limits import LOAD_SECONDS_MAX
 from interlock.store.client import MatchResult
+from interlock.store.rank_slots import GOOD, LATE, MISMATCH
 from interlock.wire.store_messages import Location
 
 

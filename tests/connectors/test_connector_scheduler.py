@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from interlock.connectors.vllm.config import EngineShape
-from interlock.connectors.vllm.keys import KeyChain, Salts
+from interlock.connectors.vllm.keys import Salts
 from interlock.connectors.vllm.metadata import RankNews, StepTasks
 from interlock.connectors.vllm.scheduler import SchedulerSide
 from interlock.core.layouts import KVLayout
 from interlock.store.client import MatchResult, WriteGrant
+from interlock.store.keys import KeyChain, ModelSalt
 from interlock.wire.store_messages import Grant, Location
 
 LAYOUT = KVLayout(layers=2, heads=2, block_tokens=4, content=8, dtype="float32")
@@ -68,7 +69,7 @@ def no_adapter(path: Path) -> str:
     raise AssertionError(path)
 
 
-SALTS = Salts(model="m", layout=LAYOUT, tenant="", variant=(), adapter_identity=no_adapter)
+SALTS = Salts(ModelSalt(model="m", layout=LAYOUT), adapter_identity=no_adapter)
 
 
 def request(name: str, tokens: Sequence[int], **changes: Any) -> SimpleNamespace:
@@ -304,8 +305,8 @@ def test_salts_keep_tenants_versions_adapters_images_and_models_apart(tmp_path: 
     image = SimpleNamespace(identifier="i", mm_position=SimpleNamespace(offset=3, length=2))
     moved = SimpleNamespace(identifier="i", mm_position=SimpleNamespace(offset=4, length=2))
     adapter = SimpleNamespace(lora_path=str(tmp_path))
-    told = Salts(model="m", layout=LAYOUT, tenant="", variant=(), adapter_identity=lambda path: "sha256:1")
-    other_model = Salts(model="n", layout=LAYOUT, tenant="", variant=(), adapter_identity=no_adapter)
+    told = Salts(ModelSalt(model="m", layout=LAYOUT), adapter_identity=lambda path: "sha256:1")
+    other_model = Salts(ModelSalt(model="n", layout=LAYOUT), adapter_identity=no_adapter)
     digests = [
         salted(),
         salted(cache_salt="a|1"),
@@ -335,3 +336,72 @@ def test_what_has_no_exact_name_is_neither_read_nor_saved(engine: Engine, store:
         engine.side.allocated(asked, engine.tables[f"r{n}"], 0)
         assert engine.step(**{f"r{n}": 14}).saves == []
     assert store.asked == store.writes == []
+
+
+# --- blocks on their way from the store's disk -------------------------------------------------------------------
+
+
+class Steps:
+    """A clock that moves when it is told."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now_s = 100.0
+        monkeypatch.setattr("interlock.connectors.vllm.scheduler.monotonic_s", lambda: self.now_s)
+
+
+class DiskStore(ScriptedStore):
+    """Some blocks are in RAM, `coming` more are on their way."""
+
+    coming = 0
+
+    def match(self, keys: Sequence[bytes]) -> MatchResult | None:
+        found = super().match(keys)
+        return found and MatchResult(found.slab, found.locations, self.coming)
+
+
+def test_a_request_waits_for_blocks_that_come_from_disk_and_gets_all_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock, store = Steps(monkeypatch), DiskStore()
+    side = SchedulerSide(SHAPE, SALTS, store)  # type: ignore[arg-type]
+    asking = request("r", range(17))
+    side.track(asking)
+    keys = KeyChain(SALTS.of(asking), 4).upto(4, range(17))
+    store.present, store.coming = set(keys[:1]), 3
+    assert side.matched_tokens(asking, 0) is None
+    assert side.matched_tokens(asking, 0) is None, "asked again in the same moment"
+    assert len(store.asked) == 1
+    clock.now_s += 0.01
+    store.present, store.coming = set(keys), 0
+    assert side.matched_tokens(asking, 0) == 16
+    assert side.matched_tokens(asking, 0) == 16
+    assert len(store.asked) == 2
+
+
+def test_a_request_waits_for_a_disk_no_longer_than_its_bound_in_all_its_life(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Hazards F7: "ask me later" without end starves the request."""
+    clock, store = Steps(monkeypatch), DiskStore()
+    side = SchedulerSide(SHAPE, SALTS, store)  # type: ignore[arg-type]
+    asking = request("r", range(17))
+    side.track(asking)
+    keys = KeyChain(SALTS.of(asking), 4).upto(4, range(17))
+    store.present, store.coming = set(keys[:2]), 2
+    answers = []
+    for _ in range(300):
+        answers.append(side.matched_tokens(asking, 0))
+        clock.now_s += 0.01
+    assert answers.index(8) <= 101, "what is in RAM is taken when the bound has passed"
+    assert set(answers[answers.index(8) :]) == {8}
+    asking.num_preemptions += 1
+    assert side.matched_tokens(asking, 0) == 8, "it does not begin to wait once more"
+
+
+def test_a_request_that_says_no_store_reads_and_saves_nothing(engine: Engine, store: ScriptedStore) -> None:
+    store.present |= set(keys_of(PROMPT)[:1])
+    quiet = engine.add("quiet", PROMPT, kv_transfer_params={"no_store": True})
+    assert engine.side.matched_tokens(quiet, 0) == 4
+    assert engine.step(quiet=14).saves == []
+    engine.add("loud", PROMPT)
+    assert engine.step(loud=14).saves != []

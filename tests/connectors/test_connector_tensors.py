@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -10,12 +11,15 @@ import pytest
 import torch
 
 from interlock.connectors.vllm.config import EngineShape
-from interlock.connectors.vllm.movers import GOOD, LATE, MISMATCH, CpuMover
-from interlock.connectors.vllm.tensors import KVBlocks, UnknownTensorsError, runs, stacked_view
-from interlock.core.layouts import KVLayout
+from interlock.connectors.vllm.movers import CpuMover
+from interlock.connectors.vllm.tensors import KVBlocks, UnknownTensorsError, stacked_view
+from interlock.core import joins
+from interlock.core.joins import JoinName
+from interlock.core.layouts import KVLayout, cuts_of
 from interlock.core.limits import SLOT_GRAIN_BYTES
 from interlock.host.memory import create_memory
 from interlock.store.mapping import MappedSlab
+from interlock.store.rank_slots import FOREIGN, GOOD, LATE, MISMATCH, runs
 from interlock.wire.store_messages import Location
 
 LAYOUT = KVLayout(layers=3, heads=4, block_tokens=8, content=16, dtype="float32")
@@ -62,11 +66,24 @@ FROM = [1, 2, 3, 10, 6]
 INTO = [8, 4, 5, 6, 11]
 
 
+def stored(
+    one: CpuMover, memory: MappedSlab, keys: list[bytes], slots: list[int], blocks: list[int]
+) -> list[list[int]]:
+    """What a saver does with a mover, in one thread."""
+    sums, staging = [], one.staging()
+    for batch in one.batches(len(blocks)):
+        some = slice(batch.start, batch.stop)
+        one.gather(blocks[some], staging)
+        sums += one.put(memory, keys[some], slots[some], staging)
+    return sums
+
+
 def save(memory: MappedSlab, full: torch.Tensor, ranks: int, *, apart: bool = False) -> list[Location]:
     sums: list[list[int]] = [[] for _ in KEYS]
     for rank in range(ranks):
         layers = rank_layers(full, rank, ranks, apart=apart)
-        for mine, whole in zip(mover(layers, rank, ranks).save(memory, KEYS, SLOTS, FROM), sums, strict=True):
+        found = stored(mover(layers, rank, ranks), memory, KEYS, SLOTS, FROM)
+        for mine, whole in zip(found, sums, strict=True):
             whole += mine
     return [Location(slot, tuple_) for slot, tuple_ in zip(SLOTS, sums, strict=True)]
 
@@ -93,7 +110,7 @@ def test_a_mover_writes_into_the_slab_it_is_given_also_after_another_one() -> No
     one = mover(rank_layers(full, 0, 1), 0, 1)
     for memory in (old, new, old):
         memory.view[:] = bytes(len(memory.view))
-        one.save(memory, KEYS, SLOTS, FROM)
+        stored(one, memory, KEYS, SLOTS, FROM)
         assert any(memory.block(SLOTS[0]))
     assert bytes(old.view) == bytes(new.view)
 
@@ -136,7 +153,7 @@ def test_good_bytes_under_an_other_key_are_a_mismatch() -> None:
 def test_after_the_deadline_nothing_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     memory, full = slab(), global_kv()
     locations = save(memory, full, 1)
-    monkeypatch.setattr("interlock.connectors.vllm.movers.STAGING_BYTES_MAX", 2 * LAYOUT.block_bytes)
+    monkeypatch.setattr("interlock.store.rank_slots.STAGING_BYTES_MAX", 2 * LAYOUT.block_bytes)
     layers = rank_layers(torch.zeros_like(full), 0, 1)
     answers = iter([True, False])
     outcomes = mover(layers, 0, 1).load(memory, KEYS, locations, INTO, lambda: next(answers))
@@ -149,7 +166,7 @@ def test_bfloat16_survives_the_way_through_a_slot() -> None:
     memory = slab(layout=layout)
     full = global_kv(dtype=torch.bfloat16)
     layers = list(full.contiguous())
-    sums = CpuMover(KVBlocks(layers, layout, 4), layout, 0).save(memory, KEYS, SLOTS, FROM)
+    sums = stored(CpuMover(KVBlocks(layers, layout, 4), layout, 0), memory, KEYS, SLOTS, FROM)
     into = [torch.zeros_like(layer) for layer in layers]
     locations = [Location(slot, one) for slot, one in zip(SLOTS, sums, strict=True)]
     assert (
@@ -162,7 +179,7 @@ def test_bfloat16_survives_the_way_through_a_slot() -> None:
 def test_a_slot_outside_the_slab_is_an_error_not_a_write() -> None:
     memory, full = slab(2), global_kv()
     with pytest.raises(IndexError, match="slab"):
-        mover(rank_layers(full, 0, 1), 0, 1).save(memory, KEYS[:1], [2 * PAGES], [1])
+        stored(mover(rank_layers(full, 0, 1), 0, 1), memory, KEYS[:1], [2 * PAGES], [1])
 
 
 def test_runs_are_long_where_steps_are_constant_and_cover_everything_in_order() -> None:
@@ -191,7 +208,7 @@ def test_layers_of_one_storage_are_one_view_and_others_are_none() -> None:
 
 def test_tensors_that_the_layout_does_not_describe_are_refused() -> None:
     full = global_kv()
-    with pytest.raises(UnknownTensorsError, match="3 layers"):
+    with pytest.raises(UnknownTensorsError, match="layers 0 to 3"):
         KVBlocks(list(full)[:2], LAYOUT, 4)
     with pytest.raises(UnknownTensorsError, match="block size"):
         KVBlocks(list(full), LAYOUT, 2)
@@ -202,3 +219,176 @@ def test_tensors_that_the_layout_does_not_describe_are_refused() -> None:
 def test_of_ranks_that_hold_the_same_head_the_lowest_writes_it() -> None:
     assert shape(8).heads_of(5) == (2, 3), "of eight ranks and four heads, ranks 4 and 5 hold head 2"
     assert shape(8).shard(5).area == 0
+
+
+# --- pipelines, scales, latent attention ---------------------------------------------------------------------------------
+
+STAGES = {1: ((0, 3),), 2: ((0, 2), (2, 3)), 3: ((0, 1), (1, 2), (2, 3))}
+
+
+def part(full: torch.Tensor, stage: tuple[int, int], heads: tuple[int, int]) -> list[torch.Tensor]:
+    return list(full[stage[0] : stage[1], :, heads[0] : heads[1]].contiguous())
+
+
+def grid(pipeline: int, tensor: int, layout: KVLayout = LAYOUT) -> EngineShape:
+    stages = STAGES[pipeline] if pipeline > 1 else ()
+    cut = msgspec.structs.replace(layout, cuts=cuts_of(stages))
+    return EngineShape(
+        layout=cut,
+        ranks=pipeline * tensor,
+        name="e",
+        life="l",
+        model="m",
+        revision=None,
+        variant=(),
+        stages=stages,
+    )
+
+
+def grid_mover(engine: EngineShape, rank: int, layers: list[torch.Tensor], **more: Any) -> CpuMover:
+    start, stop = engine.heads_of(rank)
+    kv = KVBlocks(layers, engine.layout, stop - start, stage=engine.stage_of(rank), **more)
+    return CpuMover(kv, engine.layout, start)
+
+
+def grid_save(memory: MappedSlab, full: torch.Tensor, engine: EngineShape) -> list[Location]:
+    """Saves with every rank, and joins their checksums as the node does."""
+    shards = tuple(engine.shard(rank) for rank in range(engine.ranks))
+    name = JoinName("s", 1)
+    layout = engine.layout
+    events: list[Any] = [
+        joins.Open(name, len(KEYS), shards, layout.layers, layout.heads, deadline_s=9.0, cuts=layout.cuts)
+    ]
+    for rank, shard in enumerate(shards):
+        if shard.area:
+            layers = part(full, engine.stage_of(rank), engine.heads_of(rank))
+            sums = stored(grid_mover(engine, rank, layers), memory, KEYS, SLOTS, FROM)
+            events.append(joins.Report(name, rank, (True,) * len(KEYS), tuple(map(tuple, sums))))
+    state, effects = joins.Join(name), ()  # type: tuple[joins.Join, tuple[Any, ...]]
+    for event in events:
+        state, effects = joins.transition(state, event)
+    (completed,) = effects
+    return [
+        Location(slot, list(sums), list(layout.cuts))
+        for slot, sums in zip(SLOTS, completed.checksums, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("saving", [(1, 1), (2, 1), (2, 2), (3, 4), (1, 8), (2, 8)])
+@pytest.mark.parametrize("loading", [(1, 1), (2, 2), (3, 1), (2, 8)])
+def test_what_a_grid_of_pipeline_and_tensor_ranks_saved_any_other_grid_loads(
+    saving: tuple[int, int], loading: tuple[int, int]
+) -> None:
+    memory, full = slab(), global_kv()
+    locations = grid_save(memory, full, grid(*saving))
+    reader = grid(*loading)
+    for rank in range(reader.ranks):
+        stage, heads = reader.stage_of(rank), reader.heads_of(rank)
+        layers = part(torch.zeros_like(full), stage, heads)
+        assert (
+            grid_mover(reader, rank, layers).load(memory, KEYS, locations, INTO, lambda: True) == [GOOD] * 5
+        )
+        for source, target in zip(FROM, INTO, strict=True):
+            for index, layer in enumerate(range(*stage)):
+                assert torch.equal(layers[index][target], full[layer, source, heads[0] : heads[1]])
+
+
+def test_blocks_of_one_load_may_be_cut_differently() -> None:
+    full, one, two = global_kv(), slab(), slab()
+    whole, cut = grid_save(one, full, grid(1, 1)), grid_save(two, full, grid(3, 2))
+    for slot in SLOTS[1::2]:
+        one.block(slot)[:] = two.block(slot)
+    mixed = [whole[n] if n % 2 == 0 else cut[n] for n in range(5)]
+    reader = grid(2, 1)
+    layers = part(torch.zeros_like(full), (2, 3), (0, 4))
+    assert grid_mover(reader, 1, layers).load(one, KEYS, mixed, INTO, lambda: True) == [GOOD] * 5
+    assert torch.equal(layers[0][INTO[1]], full[2, FROM[1]])
+
+
+def test_a_stage_does_not_mind_a_flipped_byte_in_layers_that_nobody_cut_apart_from_its_own() -> None:
+    """It cannot: the group's one checksum covers them. What was cut apart it does not even read."""
+    full = global_kv()
+    for pipeline, expected in ((1, MISMATCH), (2, GOOD)):
+        memory = slab()
+        locations = grid_save(memory, full, grid(pipeline, 1))
+        memory.view[memory.offset(SLOTS[0])] ^= 1  # layer 0 of head 0
+        layers = part(torch.zeros_like(full), (2, 3), (0, 4))
+        found = grid_mover(grid(2, 1), 1, layers).load(memory, KEYS, locations, INTO, lambda: True)
+        assert found == [expected] + [GOOD] * 4
+
+
+def test_cuts_that_are_none_of_this_model_are_refused_before_anything_is_read() -> None:
+    memory, full = slab(), global_kv()
+    locations = [Location(one.slot, one.checksums, [7]) for one in grid_save(memory, full, grid(1, 1))]
+    layers = part(torch.zeros_like(full), (0, 3), (0, 4))
+    with pytest.raises(ValueError, match="none of 3 layers"):
+        grid_mover(grid(1, 1), 0, layers).load(memory, KEYS, locations, INTO, lambda: True)
+
+
+FP8 = msgspec.structs.replace(LAYOUT, dtype="uint8", scales=2)
+SCALES = [[0.5, 2.0], [1.0, 1.0], [0.25, 3.0]]
+
+
+def quantised(seed: int = 0) -> torch.Tensor:
+    return (global_kv(seed) * 40).clamp(-127, 127).to(torch.int8).view(torch.uint8)
+
+
+def test_scales_lie_behind_their_layer_are_summed_up_with_it_and_come_back_with_it() -> None:
+    memory, full = slab(layout=FP8), quantised()
+    saver = grid_mover(grid(1, 1, FP8), 0, list(full), scales=SCALES)
+    sums = stored(saver, memory, KEYS, SLOTS, FROM)
+    locations = [Location(slot, one) for slot, one in zip(SLOTS, sums, strict=True)]
+    block = np.frombuffer(memory.block(SLOTS[0]), dtype=np.uint8).reshape(4, 3, FP8.layer_bytes)
+    assert block[2, 1, -8:].view(np.float32).tolist() == SCALES[1]
+    assert bytes(block[2, 1, :-8]) == full[1, FROM[0], 2].numpy().tobytes()
+    for rank in range(2):  # scales are per layer, and each head carries them: any degree finds its own
+        reader = grid(1, 2, FP8)
+        layers = part(torch.zeros_like(full), (0, 3), reader.heads_of(rank))
+        mine = grid_mover(reader, rank, layers, scales=SCALES)
+        assert mine.load(memory, KEYS, locations, INTO, lambda: True) == [GOOD] * 5
+        assert torch.equal(layers[1][INTO[0]], full[1, FROM[0], slice(*reader.heads_of(rank))])
+    memory.view[memory.offset(SLOTS[0]) + FP8.layer_bytes - 1] ^= 1  # a scale's byte
+    again = grid_mover(grid(1, 1, FP8), 0, list(torch.zeros_like(full)), scales=SCALES)
+    assert again.load(memory, KEYS, locations, INTO, lambda: True) == [MISMATCH] + [GOOD] * 4
+
+
+def test_bytes_that_were_quantised_with_other_scales_are_left_alone_and_not_called_broken() -> None:
+    memory, full = slab(layout=FP8), quantised()
+    sums = stored(grid_mover(grid(1, 1, FP8), 0, list(full), scales=SCALES), memory, KEYS, SLOTS, FROM)
+    locations = [Location(slot, one) for slot, one in zip(SLOTS, sums, strict=True)]
+    layers = list(torch.zeros_like(full))
+    other = grid_mover(grid(1, 1, FP8), 0, layers, scales=[[0.5, 2.0], [1.0, 1.5], [0.25, 3.0]])
+    assert other.load(memory, KEYS, locations, INTO, lambda: True) == [FOREIGN] * 5
+    assert not any(layer.any() for layer in layers)
+
+
+@pytest.mark.parametrize("scales", [None, [[1.0, 1.0]] * 2, [[1.0, float("nan")]] * 3])
+def test_quantised_kv_without_a_scale_for_every_layer_is_refused(scales: Any) -> None:
+    with pytest.raises(UnknownTensorsError, match="scales a layer"):
+        KVBlocks(list(quantised()), FP8, 4, scales=scales)
+
+
+@pytest.mark.parametrize("headless", [False, True])
+def test_a_latent_cache_is_written_by_one_rank_and_read_by_all(headless: bool) -> None:
+    """MLA: one latent vector a token, replicated on every tensor-parallel rank; some backends leave its head out."""
+    layout = KVLayout(layers=3, heads=1, block_tokens=8, content=36, dtype="bfloat16")
+    memory = slab(layout=layout)
+    full = torch.randn((3, BLOCKS, 1, 8, 36), generator=torch.Generator().manual_seed(4)).to(torch.bfloat16)
+
+    def shaped(tensors: torch.Tensor) -> list[torch.Tensor]:
+        return [layer[:, 0] if headless else layer for layer in tensors]
+
+    engine = grid(2, 4, layout)
+    sums: list[list[int]] = [[] for _ in KEYS]
+    for rank in range(8):
+        if engine.writes(rank):
+            one = grid_mover(engine, rank, shaped(full[slice(*engine.stage_of(rank))]))
+            for mine, whole in zip(stored(one, memory, KEYS, SLOTS, FROM), sums, strict=True):
+                whole += mine
+    assert [rank for rank in range(8) if engine.writes(rank)] == [0, 4]
+    locations = [Location(slot, one, [2]) for slot, one in zip(SLOTS, sums, strict=True)]
+    for reader, rank in ((grid(1, 1, layout), 0), (grid(1, 4, layout), 3), (engine, 6)):
+        empty = torch.zeros_like(full)[slice(*reader.stage_of(rank))]
+        one = grid_mover(reader, rank, shaped(empty))
+        assert one.load(memory, KEYS, locations, INTO, lambda: True) == [GOOD] * 5
+        assert torch.equal(empty[0, INTO[0]], full[reader.stage_of(rank)[0], FROM[0]])

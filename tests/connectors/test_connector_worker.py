@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +28,7 @@ class ScriptedClient:
     def __init__(self) -> None:
         self.slab: Any = SimpleNamespace(slab=7, node_incarnation=5)
         self.reports: list[tuple[int, list[bool], list[list[int]]]] = []
+        self.reported = Event()
 
     def slab_of(self, slab: int) -> Any:
         return self.slab if slab == 7 else None
@@ -36,7 +38,13 @@ class ScriptedClient:
     ) -> bool:
         assert grant is GRANT
         self.reports.append((rank, list(good), [list(sums) for sums in checksums]))
+        self.reported.set()
         return True
+
+    def heard(self) -> list[tuple[int, list[bool], list[list[int]]]]:
+        """Reports come from the thread that stored the blocks."""
+        assert self.reported.wait(10)
+        return self.reports
 
     def start(self) -> None: ...
 
@@ -44,13 +52,27 @@ class ScriptedClient:
 
 
 class ScriptedMover:
-    def save(self, slab: object, keys: object, slots: Sequence[int], blocks: object) -> list[list[int]]:
+    def batches(self, count: int) -> list[range]:
+        return [range(count)]
+
+    def staging(self) -> object:
+        return object()
+
+    def gather(self, blocks: Sequence[int], staging: object) -> None:
+        assert list(blocks) == [1, 2]
+
+    def put(self, slab: object, keys: object, slots: Sequence[int], staging: object) -> list[list[int]]:
         assert list(slots) == [3, 4]
         return [[1, 2], [3, 4]]
 
 
-class BrokenMover:
-    def save(self, *arguments: Any) -> list[list[int]]:
+class BrokenMover(ScriptedMover):
+    def put(self, *arguments: Any) -> list[list[int]]:
+        raise MemoryError(arguments)
+
+
+class UnreadableMover(ScriptedMover):
+    def gather(self, *arguments: Any) -> None:
         raise MemoryError(arguments)
 
 
@@ -82,18 +104,19 @@ def worker(
 def test_a_save_is_reported_good_with_the_movers_sums(client: ScriptedClient, made: list[WorkerSide]) -> None:
     side = worker(client, ScriptedMover(), made)
     side.save([TASK])
-    assert client.reports == [(0, [True, True], [[1, 2], [3, 4]])]
+    assert client.heard() == [(0, [True, True], [[1, 2], [3, 4]])]
     news = side.take_news()
     assert news is not None
     assert news.counts["saved_blocks"] == 2
     assert side.take_news() is None
 
 
+@pytest.mark.parametrize("mover", [BrokenMover(), UnreadableMover()])
 def test_a_save_that_breaks_is_reported_bad_and_raises_nothing_into_the_engine(
-    client: ScriptedClient, made: list[WorkerSide]
+    client: ScriptedClient, made: list[WorkerSide], mover: Any
 ) -> None:
-    worker(client, BrokenMover(), made).save([TASK])
-    assert client.reports == [(0, [False, False], [[], []])]
+    worker(client, mover, made).save([TASK])
+    assert client.heard() == [(0, [False, False], [[], []])]
 
 
 @pytest.mark.parametrize("slab", [None, SimpleNamespace(slab=7, node_incarnation=6)])

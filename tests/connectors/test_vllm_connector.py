@@ -10,7 +10,7 @@ from typing import Any
 import connector_rig as rig
 import pytest
 
-from interlock.connectors.vllm import movers
+from interlock.store import rank_slots
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(240), pytest.mark.usefixtures("vllm_environment")]
 
@@ -64,7 +64,7 @@ def test_flipped_bytes_change_tokens_unverified_and_are_noticed_verified(
     keys, block = second.keys(PROMPTS[0]), 4
     probe.flip_block(keys, block)
     with monkeypatch.context() as unverified:
-        unverified.setattr(movers, "verify_block", lambda *_, **__: True)
+        unverified.setattr(rank_slots, "verify_block", lambda *_, **__: True)
         second.empty_own_cache()
         (spoilt,) = rig.comparisons(reference[:1], second.run(PROMPTS[:1]))
         assert not spoilt.equal, "a comparison that cannot fail proves nothing"

@@ -121,6 +121,35 @@ def test_checksums_of_layer_groups_come_out_layer_by_layer() -> None:
     assert heard == [Completed(NAME, (True,), ((1, 2, 3, 4),))]
 
 
+def test_checksums_of_ranks_that_hold_several_groups_are_put_where_each_belongs() -> None:
+    """Two tensor-parallel ranks, each with both layer groups, whose boundary the opener names."""
+    opened = Open(
+        NAME, 1, (Shard(0, 4, 1, 2), Shard(0, 4, 0, 1)), layers=4, heads=2, deadline_s=1.0, cuts=(3,)
+    )
+    _, heard = told(opened, Report(NAME, 0, (True,), ((2, 4),)), Report(NAME, 1, (True,), ((1, 3),)))
+    assert heard == [Completed(NAME, (True,), ((1, 2, 3, 4),))]
+
+
+def test_a_rank_that_sums_up_too_few_layer_groups_is_refused_and_told() -> None:
+    opened = Open(NAME, 1, (Shard(0, 4, 0, 2),), layers=4, heads=2, deadline_s=1.0, cuts=(2,))
+    with pytest.raises(
+        RemoteProtocolError, match="2 checksums for block 0, and it has 2 heads of it in 2 layer groups"
+    ):
+        told(opened, Report(NAME, 0, (True,), ((1, 2),)))
+
+
+@pytest.mark.parametrize("cuts", [(0,), (4,), (-1,)])
+def test_an_open_whose_layer_groups_begin_outside_its_layers_is_refused(cuts: tuple[int, ...]) -> None:
+    with pytest.raises(LocalProtocolError, match="layer groups begin at"):
+        told(Open(NAME, 1, (Shard(0, 4, 0, 2),), layers=4, heads=2, deadline_s=1.0, cuts=cuts))
+
+
+def test_a_load_has_no_layer_groups_whatever_its_ranks_hold() -> None:
+    overlapping = Open(NAME, 1, (Shard(0, 3, 0, 1), Shard(1, 4, 0, 1)), 4, 1, 10.0, Kind.LOAD)
+    _, heard = told(overlapping, Report(NAME, 0, (True,), ((1,),)), Report(NAME, 1, (True,), ((2,),)))
+    assert heard == [Completed(NAME, (True,), ())]
+
+
 def test_one_rank_without_checksums_leaves_the_join_without() -> None:
     _, heard = told(OPEN, report(0, checksums=((1,), (2,))), report(1))
     assert heard == [Completed(NAME, WELL, ())]

@@ -5,8 +5,19 @@ from typing import Any
 import msgspec
 import pytest
 
-from interlock.core.layouts import EMPTY_SHARD, KVLayout, Shard, shard_of_rank, tiles
-from interlock.core.limits import HEADS_MAX, LAYERS_MAX
+from interlock.core.layouts import (
+    EMPTY_SHARD,
+    KVLayout,
+    Shard,
+    covering_span,
+    cuts_of,
+    grid_shards,
+    groups_within,
+    layer_groups,
+    shard_of_rank,
+    tiles,
+)
+from interlock.core.limits import HEADS_MAX, LAYERS_MAX, SCALES_MAX
 
 LAYOUT = KVLayout(layers=2, heads=4, block_tokens=32, content=128, dtype="float32")
 
@@ -89,3 +100,61 @@ def test_rectangles_that_only_touch_do_not_overlap_and_empty_ones_never_do() -> 
     assert not EMPTY_SHARD.overlaps(quarters[0])
     assert not quarters[0].overlaps(EMPTY_SHARD)
     assert Shard(0, 2, 0, 4).overlaps(quarters[3])
+
+
+# --- layer groups and pipelines ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cuts", [(0,), (2,), (1, 1), (3,), (-1,)])
+def test_cuts_that_do_not_ascend_within_the_layers_are_refused(cuts: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="layer groups begin at"):
+        msgspec.structs.replace(LAYOUT, cuts=cuts)
+
+
+def test_where_writers_cut_a_block_changes_neither_its_bytes_nor_its_key() -> None:
+    cut = msgspec.structs.replace(LAYOUT, cuts=(1,))
+    assert (cut.digest(), cut.block_bytes) == (LAYOUT.digest(), LAYOUT.block_bytes)
+
+
+def test_scales_lie_behind_each_layer_and_change_the_key() -> None:
+    scaled = msgspec.structs.replace(LAYOUT, dtype="uint8", scales=2)
+    assert scaled.layer_bytes == 32 * 128 + 8
+    assert scaled.digest() != msgspec.structs.replace(scaled, scales=0).digest()
+    with pytest.raises(ValueError, match="scales per layer"):
+        msgspec.structs.replace(LAYOUT, scales=SCALES_MAX + 1)
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 4, 8])
+@pytest.mark.parametrize("stages", [((0, 5),), ((0, 2), (2, 5)), ((0, 1), (1, 4), (4, 5))])
+def test_a_grid_of_stages_and_tensor_ranks_tiles_the_block(stages: tuple[Any, ...], tensor: int) -> None:
+    shards = grid_shards(stages, tensor, heads=4)
+    assert len(shards) == len(stages) * tensor
+    assert tiles(shards, layers=5, heads=4)
+    for shard in shards:
+        if shard.area:
+            assert len(groups_within(5, cuts_of(stages), shard.layer_start, shard.layer_stop)) == 1
+
+
+def test_layers_are_covered_by_whole_groups_and_never_by_more_than_they_touch() -> None:
+    cuts = (2, 5)
+    spans = layer_groups(8, cuts)
+    assert spans == ((0, 2), (2, 5), (5, 8))
+    for start in range(8):
+        for stop in range(start + 1, 9):
+            first, last = covering_span(8, cuts, start, stop)
+            touched = [span for span in spans if span[0] < stop and start < span[1]]
+            assert (first, last) == (touched[0][0], touched[-1][1])
+            assert len(groups_within(8, cuts, first, last)) == len(touched)
+
+
+@pytest.mark.parametrize("cuts", [(9,), (5, 2), (0,)])
+def test_cuts_from_outside_that_are_none_are_refused_before_they_decide_what_is_read(
+    cuts: tuple[int, ...],
+) -> None:
+    with pytest.raises(ValueError, match="none of 8 layers"):
+        covering_span(8, cuts, 0, 8)
+
+
+def test_a_part_of_a_group_has_no_checksum() -> None:
+    with pytest.raises(ValueError, match="in two"):
+        groups_within(8, (4,), 0, 3)

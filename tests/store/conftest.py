@@ -116,9 +116,9 @@ class NodeProcess:
 class RankProcess:
     """Drives `rank_process.py`."""
 
-    def __init__(self, address: str, attach: Attach) -> None:
+    def __init__(self, address: str, attach: Attach, program: str = "rank_process.py") -> None:
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "rank_process.py"), address, msgspec.json.encode(attach).decode()],
+            [sys.executable, str(HERE / program), address, msgspec.json.encode(attach).decode()],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -201,6 +201,12 @@ class Rig:
         process = self.add(
             RankProcess(self.address, self.attach(rank, ranks, engine, incarnation, layout, **more))
         )
+        assert process.ready(PATIENCE_S), process.counts()
+        return process
+
+    def shard_rank(self, attach: Attach) -> RankProcess:
+        """One that holds any rectangle, and can stop in the middle of a copy (`shard_process`)."""
+        process = self.add(RankProcess(self.address, attach, "shard_process.py"))
         assert process.ready(PATIENCE_S), process.counts()
         return process
 

@@ -13,7 +13,7 @@ from interlock.host.blocking import BlockingHost
 from interlock.store.checksums import block_checksums, verify_block
 from interlock.store.client import MatchResult, StoreClient, WriteGrant
 from interlock.wire.identity import passing_identity
-from interlock.wire.store_messages import Attach
+from interlock.wire.store_messages import Attach, Pin
 
 
 class Rank:
@@ -101,6 +101,11 @@ class Rank:
     def withdraw(self, slab: int, keys: list[bytes], slots: list[int]) -> None:
         self.client.withdraw(slab, keys, slots)
 
+    def pin(self, keys: list[bytes], seconds: float) -> int:
+        link = self.client._keeper.link
+        assert link is not None
+        return link.deliveries.request(Pin("pin", keys, seconds), 5.0).count
+
     def fork_and_scribble(self, slab: int, slot: int) -> str:
         """What becomes of a forked child that writes into the slab: "wrote" or "died"."""
         memory = self.client.slab_of(slab)
@@ -124,14 +129,15 @@ ARGUMENTS: dict[str, Any] = {
     "report": tuple[WriteGrant, list[bool], list[list[int]]], "delivered": tuple[float],
     "read": tuple[MatchResult, list[bytes]], "scribble": tuple[int, int, int],
     "withdraw": tuple[int, list[bytes], list[int]], "fork_and_scribble": tuple[int, int],
+    "pin": tuple[list[bytes], float],
     "start_write": tuple[str, int, list[bytes], list[bytes]], "truncate": tuple[int], "writable": tuple[int],
     "counts": tuple[()], "pid": tuple[()],
 }  # fmt: skip
 
 
-def main() -> None:
+def main(kind: type[Rank] = Rank) -> None:
     address, attach = sys.argv[1], msgspec.json.decode(sys.argv[2], type=Attach)
-    rank = Rank(address, attach)
+    rank = kind(address, attach)
     for line in sys.stdin:
         verb, arguments = json.loads(line)
         answer = getattr(rank, verb)(*msgspec.convert(arguments, ARGUMENTS[verb]))

@@ -144,3 +144,15 @@ def test_clear_forgets_what_is_published_and_spares_what_is_being_written(rig: A
     rank.report(grant, [True] * 2, rank.write(grant, keys[2:], 1))
     assert rank.delivered(tools.PATIENCE_S)
     assert node.slots()["published"] == 2
+
+
+def test_a_slab_is_mapped_ahead_of_its_use_and_not_a_byte_is_changed_by_it() -> None:
+    from interlock.host.memory import create_memory, populate
+
+    memory = create_memory("warm", 64 * 4096)
+    try:
+        memory.view[5], memory.view[9 * 4096] = 7, 8
+        assert populate(memory.view[: 32 * 4096], writable=True)
+        assert (memory.view[5], memory.view[9 * 4096], sum(memory.view)) == (7, 8, 15)
+    finally:
+        memory.close()

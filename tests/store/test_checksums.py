@@ -75,3 +75,34 @@ def test_a_wrong_number_of_bytes_or_checksums_never_passes() -> None:
     assert not verify_block(BINDING, LAYOUT, BLOCK, sums[:3])
     with pytest.raises(ValueError):
         block_checksums(BINDING, LAYOUT, BLOCK[:-1])
+
+
+# --- layer groups --------------------------------------------------------------------------------------------------------
+
+CUT = msgspec.structs.replace(LAYOUT, cuts=(1,))
+
+
+def test_sums_of_layer_groups_stand_group_by_group_and_a_stage_makes_its_own() -> None:
+    whole = block_checksums(BINDING, CUT, BLOCK)
+    assert len(whole) == 2 * CUT.heads
+    by_head = [BLOCK[head * CUT.head_bytes :][: CUT.head_bytes] for head in range(CUT.heads)]
+    made = []
+    for start, stop in ((0, 1), (1, CUT.layers)):
+        part = b"".join(one[start * CUT.layer_bytes : stop * CUT.layer_bytes] for one in by_head)
+        made += block_checksums(BINDING, CUT, part, layer_start=start, layer_stop=stop)
+        assert verify_block(BINDING, CUT, part, whole, layer_start=start, layer_stop=stop)
+    assert made == whole
+
+
+def test_equal_bytes_in_two_layer_groups_have_other_sums() -> None:
+    sums = block_checksums(BINDING, CUT, bytes(CUT.block_bytes))
+    assert len(set(sums)) == len(sums)
+
+
+def test_who_cuts_no_layers_verifies_what_others_cut_by_their_cuts() -> None:
+    sums = block_checksums(BINDING, CUT, BLOCK)
+    assert verify_block(BINDING, LAYOUT, BLOCK, sums, cuts=CUT.cuts)
+    assert not verify_block(BINDING, LAYOUT, BLOCK, sums)
+    broken = bytearray(BLOCK)
+    broken[-1] ^= 1
+    assert not verify_block(BINDING, LAYOUT, broken, sums, cuts=CUT.cuts)

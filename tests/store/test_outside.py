@@ -16,7 +16,22 @@ from interlock.core.errors import ChannelFault
 from interlock.host.real import RealHost
 from interlock.store.control import AsyncStoreClient
 from interlock.wire.identity import passing_identity
-from interlock.wire.store_messages import AbortWrite, Clear, GetStats, Match, Report, StartWrite, Withdraw
+from interlock.wire.store_messages import (
+    AbortWrite,
+    Clear,
+    GetStats,
+    GetTenants,
+    ListBlocks,
+    Match,
+    Pin,
+    Remove,
+    Report,
+    StartWrite,
+    Unpin,
+    VerifyBlocks,
+    WatchChanges,
+    Withdraw,
+)
 
 GARBAGE = [
     b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
@@ -72,6 +87,7 @@ def test_a_message_outside_the_limits_is_answered_with_a_fault(rig: Any, tools: 
 KEY = st.integers(0, 7).map(lambda n: bytes([n]) * 32)
 SESSION = st.sampled_from(["", "s", "t", "\x00", "é" * 40])
 SMALL = st.integers(-1, 3)
+TENANT = st.sampled_from(["", "alice", "bob", "x" * 257])
 MESSAGES = st.one_of(
     st.builds(Match, st.lists(KEY, max_size=5)),
     st.builds(
@@ -80,7 +96,21 @@ MESSAGES = st.one_of(
         SMALL,
         st.lists(KEY, max_size=5),
         st.lists(st.one_of(KEY, st.binary(max_size=3)), max_size=5),
+        TENANT,
+        st.sampled_from([0.0, 0.01, -1.0, 1e9]),
     ),
+    st.builds(
+        Remove, st.none() | TENANT, st.sampled_from(["", "0", "07", "xyz", "ABC"]), st.lists(KEY, max_size=3)
+    ),
+    st.builds(
+        Pin, st.sampled_from(["", "p", "q"]), st.lists(KEY, max_size=5), st.sampled_from([-1.0, 0.5, 9e9])
+    ),
+    st.builds(Unpin, st.sampled_from(["", "p", "q"])),
+    st.builds(ListBlocks, SMALL, SMALL, st.none() | TENANT),
+    st.builds(ListBlocks, st.just(1 << 62)),
+    st.builds(VerifyBlocks, SMALL, SMALL),
+    st.builds(WatchChanges, SMALL, SMALL, SMALL, st.sampled_from([0.0, 0.01, -1.0, 1e9])),
+    st.builds(GetTenants),
     st.builds(AbortWrite, SESSION, SMALL, st.booleans()),
     st.builds(Withdraw, st.lists(KEY, max_size=3), st.lists(SMALL, max_size=3)),
     st.builds(Clear),

@@ -11,7 +11,7 @@ from interlock.core.layouts import Shard
 Outcome = tuple[bool, ...]
 """What became of each block of the join on one rank, in the order of the grant; empty from a rank that writes none."""
 Checksums = tuple[tuple[int, ...], ...]
-"""For each block of the join one checksum per KV head; empty where checksums do not matter (loads, aborted work)."""
+"""For each block of the join one checksum per (layer group, KV head), group by group; empty where checksums do not matter (loads, aborted work)."""
 
 
 class JoinName(msgspec.Struct, frozen=True, array_like=True):
@@ -51,6 +51,8 @@ class Open(msgspec.Struct, frozen=True):
     heads: int
     deadline_s: float
     kind: Kind = Kind.SAVE
+    cuts: tuple[int, ...] = ()
+    """Layers at which checksums begin anew, besides where a shard does."""
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -88,7 +90,8 @@ Event = Open | Report | RankLost | Abort | Tick
 
 
 class Completed(msgspec.Struct, frozen=True):
-    """`good[i]`: every rank that had to do with block i did it. `checksums[i]`: those of its heads, in head order."""
+    """`good[i]`: every rank that had to do with block i did it. `checksums[i]`: those of its layer groups, each in head
+    order."""
 
     join: JoinName
     good: Outcome

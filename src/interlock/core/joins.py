@@ -56,7 +56,7 @@ from interlock.core.join_state import (
     Report,
     Tick,
 )
-from interlock.core.layouts import Shard, tiles
+from interlock.core.layouts import Shard, groups_within, tiles
 from interlock.core.limits import (
     BLOCKS_PER_CALL_MAX,
     EARLY_REPORT_SECONDS_MAX,
@@ -108,6 +108,29 @@ def _tile(shards: tuple[Shard, ...], layers: int, heads: int) -> bool:
     return tiles(shards, layers=layers, heads=heads)
 
 
+@lru_cache(maxsize=64)
+def _cuts(shards: tuple[Shard, ...], cuts: tuple[int, ...]) -> tuple[int, ...]:
+    """Where layer groups begin: where the opener says, and where a writer's layers do, which sums up no others."""
+    return tuple(sorted({*cuts, *(shard.layer_start for shard in shards if shard.area)} - {0}))
+
+
+def _groups_of(shard: Shard, cuts: tuple[int, ...], layers: int) -> range:
+    return groups_within(layers, cuts, shard.layer_start, shard.layer_stop) if shard.area else range(0)
+
+
+@lru_cache(maxsize=64)
+def _places(shards: tuple[Shard, ...], cuts: tuple[int, ...], layers: int, heads: int) -> tuple[int, ...]:
+    """Where, among all ranks' checksums one after another, that of each (layer group, head) stands."""
+    where = {}
+    at = 0
+    for shard in shards:
+        for group in _groups_of(shard, cuts, layers):
+            for head in range(shard.head_start, shard.head_stop):
+                where[group, head] = at
+                at += 1
+    return tuple(where[group, head] for group in range(len(cuts) + 1) for head in range(heads))
+
+
 def _fault_in_open(event: Open) -> str | None:
     if not 0 < event.blocks <= BLOCKS_PER_CALL_MAX:
         return f"it names {event.blocks} blocks, where 1 to {BLOCKS_PER_CALL_MAX} are possible"
@@ -118,6 +141,8 @@ def _fault_in_open(event: Open) -> str | None:
             f"the ranks' shards {[tuple(msgspec.structs.astuple(s)) for s in event.shards]} do not cover "
             f"{event.layers} layers × {event.heads} heads exactly once"
         )
+    if any(not 0 < cut < event.layers for cut in event.cuts):
+        return f"its layer groups begin at {event.cuts}, and it has {event.layers} layers"
     return None
 
 
@@ -133,10 +158,18 @@ def _fault_in_report(opened: Open, event: Report) -> str | None:
         )
     if event.checksums and len(event.checksums) != expected:
         return f"rank {event.rank} sends checksums of {len(event.checksums)} blocks, and it has {expected} of them"
-    heads = shard.head_stop - shard.head_start
+    if not event.checksums:
+        return None
+    cuts = _cuts(opened.shards, opened.cuts)
+    groups = len(_groups_of(shard, cuts, opened.layers)) if opened.kind is Kind.SAVE else 1
+    sums = groups * (shard.head_stop - shard.head_start)
     for block, checksums in enumerate(event.checksums):
-        if event.good[block] and len(checksums) != heads:
-            return f"rank {event.rank} sends {len(checksums)} checksums for block {block}, and it has {heads} heads of it"
+        if event.good[block] and len(checksums) != sums:
+            return (
+                f"rank {event.rank} sends {len(checksums)} checksums for block {block}, and it has "
+                f"{shard.head_stop - shard.head_start} heads of it"
+                + (f" in {groups} layer groups" if groups > 1 else "")
+            )
     return None
 
 
@@ -282,15 +315,19 @@ def _complete(join: Join, opened: Open) -> tuple[Join, tuple[Effect, ...]]:
     good = tuple(map(all, zip(*(report.good for report in telling), strict=True)))
     checksums: Checksums = ()
     if opened.kind is Kind.SAVE and all(report.checksums for report in telling):
-        in_order = sorted(
-            telling, key=lambda r: (opened.shards[r.rank].layer_start, opened.shards[r.rank].head_start)
-        )
-        rows = zip(*(report.checksums for report in in_order), strict=True)
+        cuts = _cuts(opened.shards, opened.cuts)
+        places = _places(opened.shards, cuts, opened.layers, opened.heads)
+        rows = zip(*(report.checksums for report in telling), strict=True)
         checksums = tuple(
-            tuple(chain.from_iterable(row)) if well else () for well, row in zip(good, rows, strict=True)
+            _in_order(tuple(chain.from_iterable(row)), places) if well else ()
+            for well, row in zip(good, rows, strict=True)
         )
     finished = Join(join.name, Phase.COMPLETED, opened, join.reports)
     return finished, (Completed(join.name, good, checksums),)
+
+
+def _in_order(sums: tuple[int, ...], places: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sums[place] for place in places)
 
 
 def _fail(join: Join, reason: str, missing: tuple[int, ...]) -> tuple[Join, tuple[Effect, ...]]:

@@ -38,6 +38,11 @@ BLOCKS_PER_CALL_MAX = 8192
 HEADS_MAX = 1024
 RANKS_MAX = 1024
 LAYERS_MAX = 4096
+LAYER_GROUPS_MAX = 64
+"""Stages of a pipeline; each makes every block's look-up longer by a checksum per head."""
+CHECKSUMS_PER_BLOCK_MAX = 8192
+SCALES_MAX = 16
+"""Per layer and head: K and V have one each, two formats two each."""
 STORE_LOOKUP_SECONDS_MAX = 0.005
 """In vLLM's scheduler every engine step waits for this, so a slower store is a miss (DESIGN §5)."""
 STORE_ATTACH_SECONDS_MAX = 5.0
@@ -57,12 +62,82 @@ SLOT_GRAIN_BYTES = 4096
 """A slot's number is its offset in the slab in pages, so blocks of several layouts need no table to be found."""
 SLAB_BYTES_MAX = 1 << 44
 LAYOUTS_PER_SLAB_MAX = 64
+TENANTS_WITH_QUOTA_MAX = 256
+"""Tenants with a quota that have blocks here: each has an eviction order, and making room looks at all of them."""
+PINNED_SHARE_MAX = 0.5
+"""Of the slab: what is pinned cannot make room for what is used."""
+PIN_SECONDS_MAX = 3600.0
+PINS_PER_OWNER_MAX = 256
+CHANGES_KEPT_MAX = 65536
+"""Changes of the index that a watcher can catch up on; more, and he lists the blocks again."""
+CHANGES_PER_CALL_MAX = 4096
+WATCH_SECONDS_MAX = 30.0
+"""How long a question for changes waits for one; the asker then asks again."""
+KV_EVENT_BATCHES_MAX = 10_000
+"""Batches of KV events kept for who missed some; vLLM's own default."""
+KV_EVENT_BYTES_MAX = 64 * 1024 * 1024
+"""The same bound in bytes: a batch tells of up to CHANGES_PER_CALL_MAX changes."""
+BLOCKS_LISTED_MAX = 4096
+"""Slots looked at for one page of a listing or one slice of a sweep: some milliseconds, in which no look-up is answered."""
+BLOCKS_VERIFIED_MAX = 256
+FROZEN_WRITER_SECONDS = 10.0
+"""How long a process keeps slots of an ended session, neither reporting nor ending, before it counts as frozen."""
+EXTENT_BYTES_MAX = 64 * 1024 * 1024
+"""A slab has at least 16 extents; taking one from another layout evicts all that stands in it."""
+EXTENTS_MAX = 1024
 PENDING_REPORTS_MAX = 4096
 """Reports a rank keeps until the node has acknowledged them; the node itself allows fewer sessions than that."""
 REPORT_RETRY_SECONDS = 0.2
 
+DISK_PACK_BYTES = 32 * 1024 * 1024
+"""Data of one pack at most: large enough that writing is sequential, small enough that two of them in memory are cheap."""
+DISK_PACK_BLOCKS_MAX = 1024
+"""Blocks of one pack: its header, some 300 bytes a block and 17 a checksum, is read before the first of them, and they are
+entered into the index in one go, in a millisecond."""
+DISK_PACK_HEADER_BYTES_MAX = 64 * 1024 * 1024
+"""A longer header is no pack of ours; safetensors itself allows 100 MB."""
+DISK_BYTES_MIN = 8 * DISK_PACK_BYTES
+"""Fewer packs leave the clock no choice."""
+DISK_PACKS_MAX = 65536
+"""Files of one directory: a listing of them takes some 0.2 s at start."""
+DISK_FLUSH_SECONDS = 2.0
+"""A block waits so long for others to share its pack with; what a killed node loses."""
+DISK_QUEUE_BLOCKS_MAX = 65536
+DISK_WRITES_AT_ONCE_MAX = 2
+"""Packs being written: while one is copied and checked, the other's bytes go to the disk."""
+DISK_READS_AT_ONCE_MAX = 2
+"""One batch is copied while the next is read; more gain nothing (measured). Of HOST_THREADS_MAX threads, so that a disk that hangs leaves some to the rest of the node."""
+DISK_READ_BYTES = 8 * 1024 * 1024
+"""One batch of a promotion, in memory of its own until it is verified."""
+DISK_PROMOTED_BLOCKS_MAX = 8192
+"""Blocks on their way from disk to RAM; beyond it a look-up is told of no more."""
+DISK_TOCS_KEPT_MAX = 256
+"""Tables of contents of packs kept in memory; one has about 200 bytes a block."""
+DISK_BAD_BLOCKS_MAX = 3
+"""So many blocks of one pack fail their check, and the whole pack is set aside: its medium is not to be trusted."""
+DISK_ASIDE_FILES_MAX = 8
+"""Packs set aside that are kept; the oldest leaves first."""
+DISK_FAILURES_MAX = 3
+"""So many reads fail in a row, and the disk is left alone until a probe."""
+DISK_RETRY_SECONDS_MIN = 0.5
+DISK_RETRY_SECONDS_MAX = 30.0
+"""Between probes of a disk that is full or failing."""
+DISK_CLOSE_SECONDS_MAX = 3.0
+"""What a node that leaves takes to write what waits: less than CHILD_GRACE_SECONDS."""
+DISK_INDEX_RECORDS_MIN = 65536
+DISK_OPEN_SECONDS_MAX = 2.0
+"""What a node waits for its disk before it serves without; listing 65,536 files and mapping the index take less."""
+PROMOTION_POLL_SECONDS = 0.005
+"""Between two questions about blocks that are on their way: the scheduler asks every step, which may take less."""
+PROMOTION_WAIT_SECONDS_MAX = 1.0
+"""How long a request waits for blocks that come from disk; then it takes what is there and computes the rest."""
+
 LOAD_SECONDS_MAX = 10.0
 """From a rank's hearing of a load to its outcome: recomputing is then the quicker way."""
+SAVES_QUEUED_MAX = 1024
+"""Batches of blocks that one rank has copied out of the KV cache and not yet summed up."""
+SAVE_STAGING_BUFFERS_MAX = 4
+"""Of 16 MiB: beyond them the model's thread does a save's work itself, rather than wait for another."""
 LOADS_QUEUED_MAX = 1024
 """Loads waiting in one rank; a further one is a miss at once."""
 IDLE_STEP_SECONDS_MAX = 0.005
@@ -131,6 +206,18 @@ SNAPSHOT_DISK_BYTES_MAX = 1 << 36
 """Accepted, written, or in the trash and not yet emptied: one 234k-token prefill of a hybrid model writes 12 GB."""
 SNAPSHOT_WRITE_SECONDS_MAX = 30.0
 """From acceptance to durable; beyond it the snapshot is reported failed and its writer is suspected."""
+SNAPSHOT_CALL_SECONDS_MAX = 5.0
+"""How long a save, load or erase waits while a metadata call of the same request is under way (a rename took 7 ms at worst)."""
+SNAPSHOT_HUNG_WRITERS_MAX = 4
+"""Writers given up as hung and not yet back; then nothing more is written until one returns: the disk is the trouble."""
+SNAPSHOT_TICK_SECONDS = 0.25
+"""How often late writes are looked for."""
+SNAPSHOT_NOTICES_MAX = 4096
+"""Notices waiting for their receiver; the oldest are dropped and counted."""
+SNAPSHOT_SPARE_BYTES_MAX = 1 << 28
+"""Staging memory kept for the next save: fresh pages cost as much as the copy."""
+SNAPSHOT_KEPT_BYTES_MAX = 1 << 35
+"""Promoted snapshots that outlive their requests; the longest unused go first."""
 
 # --- endpoints ---------------------------------------------------------------------------------------------------
 HANDSHAKE_SECONDS_MAX = 10.0
@@ -141,6 +228,52 @@ LANE_PATIENCE_SECONDS = 0.25
 """After one lane is ready, how long the chooser waits for the others before it lists what there is."""
 LANES_PER_ENDPOINT_MAX = 16
 LANE_PARAMETERS_BYTES_MAX = 4096
+
+# --- transfer ----------------------------------------------------------------------------------------------------
+SEGMENTS_MAX = 4096
+"""Segments that one engine offers at a time; the board that readers look at has a word for each."""
+PIECES_PER_TRANSFER_MAX = 65536
+PIECES_PER_CALL_MAX = 1024
+"""IOV_MAX of Linux: one more and sendmsg, recvmsg and process_vm_readv refuse (hazards x6)."""
+PIECES_PER_REQUEST_MAX = 8192
+REQUEST_BYTES_MAX = 1 << 30
+"""Bytes that one request on one connection of a lane may ask for."""
+CHUNK_BYTES = 16 * 1024 * 1024
+"""What one connection carries of a transfer before it takes the next part: also what another lane repeats at most."""
+TRANSFER_SECONDS_DEFAULT = 30.0
+TRANSFERS_UNDER_WAY_MAX = 4096
+BULK_THREADS_MAX = 8
+"""Threads of one process that move bytes; none ever waits for one peer longer than BULK_PATIENCE_SECONDS."""
+BULK_PATIENCE_SECONDS = 0.02
+LANE_STALL_SECONDS_MAX = 5.0
+"""A connection that moved nothing for so long, though asked to, is broken: its bytes go another way."""
+LANE_DIAL_SECONDS_MAX = 8.0
+"""Less than a handshake may take, and enough for a peer that a thousand others dial as well."""
+LANE_CONNECTIONS_MAX = 4
+LANE_HELLO_BYTES_MAX = 1024
+GREETINGS_MAX = 1024
+"""Connections of lanes that have not said who they are; one more is closed at once."""
+ENDPOINTS_MAX = 2048
+"""Endpoints of one engine; above it those that nobody uses are retired (SIEVE)."""
+SEGMENT_RELEASE_SECONDS_MAX = 5.0
+"""What unregistering waits for reads of the segment that are under way, before their connections are ended."""
+NOTICE_BYTES_MAX = 64 * 1024
+NOTICES_WAITING_MAX = 1024
+NOTICES_REMEMBERED_MAX = 4096
+"""Numbers of notifications, per peer, that are known to have been delivered."""
+LABEL_CHARS_MAX = 128
+QUESTION_BYTES_MAX = 8 * 1024 * 1024
+QUESTIONS_UNDER_WAY_MAX = 64
+"""Questions of one peer that are being answered; one more is refused."""
+PEER_BLOCKS_KNOWN_MAX = 1 << 20
+"""Blocks of other nodes whose keys one node remembers."""
+PEER_BLOCKS_COMING_MAX = 4096
+PEER_FETCH_BLOCKS_MAX = 256
+"""Blocks in one read from another node; also bounded by DISK_READ_BYTES of staging."""
+PEER_FETCH_SECONDS_MAX = 1.0
+DIRECTORY_PEERS_MAX = 16384
+DIRECTORY_LEASE_SECONDS = 15.0
+"""How long the coordinator lists a peer that does not announce itself again."""
 
 # --- HTTP --------------------------------------------------------------------------------------------------------
 HTTP_BODY_BYTES_MAX = 8 * 1024 * 1024

@@ -105,14 +105,16 @@ def chain_keys(
     return keys
 
 
-class Block(msgspec.Struct, frozen=True):
-    """A published block. `layout` and `slot` are the owner's words for where it lies, `checksums` those of all its heads."""
+class Block(msgspec.Struct, frozen=True, gc=False):
+    """A published block. There are millions, and none is part of a cycle: the garbage collector need not walk them. `layout` and `slot` are the owner's words for where it lies, `checksums` those of all its heads."""
 
     key: bytes
     parent: bytes
     layout: int
     slot: int
     checksums: tuple[int, ...]
+    tenant: str = ""
+    """For whom it was saved; counts against that tenant's quota."""
 
 
 class PrefixIndex:

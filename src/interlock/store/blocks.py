@@ -8,7 +8,7 @@ become changes of the tables at once, so that after each call the books balance 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from interlock.core import joins, sessions
 from interlock.core.errors import LocalProtocolError, RemoteProtocolError
@@ -16,9 +16,13 @@ from interlock.core.join_book import JoinBook
 from interlock.core.joins import JoinName
 from interlock.core.layouts import KVLayout
 from interlock.core.limits import (
+    BLOCKS_LISTED_MAX,
+    FROZEN_WRITER_SECONDS,
     JOIN_SECONDS_MAX,
     NAME_CHARS_MAX,
     QUARANTINE_SHARE_MAX,
+    TENANT_CHARS_MAX,
+    TENANTS_WITH_QUOTA_MAX,
     WRITE_SESSIONS_PER_ENGINE_MAX,
 )
 from interlock.core.prefixes import KEY_BYTES, Block
@@ -31,25 +35,38 @@ from interlock.store.slots import FREE, QUARANTINED, WRITING, SlotTable
 from interlock.wire.store_messages import Grant, Report, StartWrite
 
 SESSION_CHARS_MAX = 2 * NAME_CHARS_MAX
-JOIN_TOMBSTONES_MAX = 1024
-"""Every tick walks them, and look-ups wait meanwhile: 4,096 cost 2 to 10 ms, more than a look-up has (measured)."""
 
 
 class BlockStore:
     """The blocks of one slab in one life of a node."""
 
-    def __init__(self, slab: SlabName, slab_bytes: int, *, join_s: float = JOIN_SECONDS_MAX) -> None:
+    def __init__(
+        self,
+        slab: SlabName,
+        slab_bytes: int,
+        *,
+        join_s: float = JOIN_SECONDS_MAX,
+        quotas: Mapping[str, int] | None = None,
+    ) -> None:
+        """`quotas`: bytes by tenant, "*" for every other that has a name. Raises `ValueError` for impossible ones."""
         self.slab = slab
         self.slab_bytes = slab_bytes
         self.counters: Counter[str] = Counter()
-        self.shelf = Shelf(slab_bytes, self.counters)
+        self.shelf = Shelf(slab_bytes, self.counters, quotas=quotas)
+        self.on_keys_settled: Callable[[], None] = lambda: None
+        """Called, at once and briefly, after keys ceased to be under way."""
         self._join_s = join_s
-        self._joins = JoinBook(tombstones_max=JOIN_TOMBSTONES_MAX)
+        self._joins = JoinBook()
         self._sessions = SessionBook()
         self._by_life: dict[LifeName, set[JoinName]] = {}
         self._lives: dict[JoinName, LifeName] = {}
-        self._writing: dict[bytes, tuple[bytes, int]] = {}
-        """Parent and layout of each key under way."""
+        self._writing: dict[bytes, tuple[bytes, int, str]] = {}
+        """Parent, layout and tenant of each key under way."""
+        self._quarantined_since_s: dict[JoinName, float] = {}
+        self._promoting: dict[bytes, tuple[bytes, int, int, str]] = {}
+        """Parent, layout, slot and tenant of each key that is being brought from a lower tier."""
+        self.on_publish: Callable[[Block], None] = _ignore
+        """Told of each block that a write session published."""
 
     @property
     def slots(self) -> SlotTable:
@@ -79,9 +96,42 @@ class BlockStore:
         self.counters["withdrawn"] += gone
         return gone
 
-    def clear(self) -> int:
-        """Forgets every published block; how many. Sessions under way go on. Costs as much as there are blocks."""
-        return self.shelf.clear()
+    def sweep(self, cursor: int, wanted: Callable[[Block], bool]) -> tuple[int, int | None]:
+        """Forgets published blocks that are `wanted`, in one slice of the slab from `cursor` on: (how many, where to go on).
+
+        A sweep from 0 to None forgets every such block that was published before it began.
+        """
+        blocks, following = self.shelf.page(cursor, BLOCKS_LISTED_MAX)
+        gone = [block for block in blocks if wanted(block)]
+        for block in gone:
+            self.shelf.withdraw(block.key, block.slot)
+        self.counters["swept"] += len(gone)
+        return len(gone), following
+
+    def end_writes_of(self, tenant: str) -> None:
+        """Nothing that is under way for that tenant is published any more: he is being deleted."""
+        names = {
+            session.name
+            for session in self._sessions
+            if any(key in self._writing and self._writing[key][2] == tenant for key in session.keys)
+        }
+        for name in sorted(names, key=str):
+            self._obey_join(name, self._joins.handle(joins.Abort(name)))
+            self._tell(name, sessions.Abort())
+
+    # --- pins ----------------------------------------------------------------------------------------------------
+
+    def pin(self, owner: Member, name: str, keys: Sequence[bytes], now_s: float, seconds: float) -> int:
+        """Keeps the longest prefix of `keys` that is here from being evicted; how many blocks. Raises `Refusal`."""
+        if not 0 < len(name) <= NAME_CHARS_MAX:
+            raise Refusal("bad_pin", f"a pin's name has 1 to {NAME_CHARS_MAX} characters")
+        found = self.shelf.match(keys)
+        self.shelf.pins.add(owner.process, name, found, now_s, seconds)
+        return len(found)
+
+    def unpin(self, owner: Member, name: str) -> int:
+        """Takes a pin back; how many blocks it held."""
+        return self.shelf.pins.remove(owner.process, name)
 
     # --- writers -------------------------------------------------------------------------------------------------
 
@@ -96,9 +146,10 @@ class BlockStore:
             raise Refusal("session_ended", f"session {name} is over; a new try takes a new attempt")
         self._check_start(life, message)
         shards, processes = life.writers()
-        wanted = self._sessions.missing(message.keys, self.shelf.__contains__)
+        wanted = self._sessions.missing(message.keys, self._is_here)
         if not wanted:
             return []
+        self._check_tenant(message.tenant)
         grants = self._take_slots(life.layout_number, message, wanted)
         granted = tuple(message.keys[grant.index] for grant in grants)
         deadline_s = now_s + self._join_s
@@ -115,7 +166,13 @@ class BlockStore:
         self._by_life.setdefault(life.name, set()).add(name)
         self._lives[name] = life.name
         opened = joins.Open(
-            name, len(grants), shards, life.layout.layers, life.layout.heads, deadline_s=deadline_s
+            name,
+            len(grants),
+            shards,
+            life.layout.layers,
+            life.layout.heads,
+            deadline_s=deadline_s,
+            cuts=life.layout.cuts,
         )
         early = join.reports if join is not None else ()
         self._obey_join(name, self._joins.handle(opened))
@@ -170,6 +227,7 @@ class BlockStore:
 
     def process_gone(self, member: Member) -> None:
         """The exit of a rank's process is proven: it touches no slot any more, and what it did not report failed."""
+        self.shelf.pins.owner_gone(member.process)
         for name in sorted(self._by_life.get(member.life, ()), key=str):
             self._tell(name, sessions.ProcessGone(member.process))
             if member.rank is not None:
@@ -184,8 +242,71 @@ class BlockStore:
                 self._obey_join(effect.join, (effect,))
         for session in self._sessions:
             self._tell(session.name, sessions.Tick(now_s))
+        self.shelf.pins.tick(now_s)
+        since = self._quarantined_since_s
+        self._quarantined_since_s = {
+            session.name: since.get(session.name, now_s)
+            for session in self._sessions
+            if session.phase is sessions.Phase.QUARANTINED
+        }
+
+    def count_under_way(self, keys: Sequence[bytes]) -> int:
+        """How many of `keys` another is writing just now."""
+        return sum(map(self.under_way, keys))
+
+    @property
+    def quarantine_over_share(self) -> bool:
+        """Whether so much memory waits for silent processes that nothing is granted any more."""
+        return self.slots.bytes[QUARANTINED] > QUARANTINE_SHARE_MAX * self.slab_bytes
+
+    def frozen_writers(self, now_s: float) -> dict[str, int]:
+        """Processes to be ended, and how many slots each keeps: empty while the quarantine is below its share.
+
+        A process is frozen when a session that gave it slots ended `FROZEN_WRITER_SECONDS` ago and it has neither
+        reported nor exited since. Ending it is the only way to its slots: nobody else can promise in its place.
+        """
+        if not self.quarantine_over_share:
+            return {}
+        frozen: Counter[str] = Counter()
+        for session in self._sessions:
+            since_s = self._quarantined_since_s.get(session.name)
+            if since_s is not None and now_s - since_s >= FROZEN_WRITER_SECONDS:
+                frozen.update(dict.fromkeys(session.holders, len(session.slots)))
+        return dict(frozen)
+
+    # --- promotions: the node itself as a writer -----------------------------------------------------------------
+
+    def begin_promotion(
+        self, layout: int, keys: Sequence[bytes], parents: Sequence[bytes], tenant: str = ""
+    ) -> list[int]:
+        """A slot for each of the first keys, as far as there is room, written by nobody but the caller.
+
+        Every slot is given back by `end_promotion`. Keys that are here or under way are the caller's defect.
+        """
+        assert not any(self.under_way(key) or key in self.shelf for key in keys)
+        slots = self.shelf.take_slots(layout, parents, tenant)
+        for key, parent, slot in zip(keys, parents, slots, strict=False):
+            self._promoting[key] = (parent, layout, slot, tenant)
+        return slots
+
+    def end_promotion(self, key: bytes, checksums: Sequence[int] | None) -> None:
+        """The block stands in its slot, verified; None: it does not, the slot is free again."""
+        parent, layout, slot, tenant = self._promoting.pop(key)
+        if checksums is None:
+            self.shelf.free(slot)
+        else:
+            self.shelf.publish(Block(key, parent, layout, slot, tuple(checksums), tenant))
+            self.counters["promoted"] += 1
+        self.shelf.release(layout, parent, tenant)
+
+    def under_way(self, key: bytes) -> bool:
+        """Whether somebody is writing that block."""
+        return key in self._writing or key in self._promoting
 
     # --- inside --------------------------------------------------------------------------------------------------
+
+    def _is_here(self, key: bytes) -> bool:
+        return key in self.shelf or key in self._promoting
 
     def _name(self, life: LifeName, session: str, attempt: int) -> JoinName:
         if not session or len(session) > SESSION_CHARS_MAX:
@@ -209,15 +330,26 @@ class BlockStore:
                 f"engine {life.name} has {WRITE_SESSIONS_PER_ENGINE_MAX} write sessions that are not over",
                 retryable=True,
             )
-        quarantined = self.slots.bytes[QUARANTINED]
-        if quarantined > QUARANTINE_SHARE_MAX * self.slab_bytes:
+        if self.quarantine_over_share:
             holders = ", ".join(sorted(self._sessions.quarantine_holders()))
             raise Refusal(
                 "quarantine_full",
-                f"{quarantined} of {self.slab_bytes} bytes wait for processes that were given them and neither "
+                f"{self.slots.bytes[QUARANTINED]} of {self.slab_bytes} bytes wait for processes that were given them and neither "
                 f"reported nor ended: {holders}",
                 retryable=True,
                 hint="end those processes",
+            )
+
+    def _check_tenant(self, tenant: str) -> None:
+        if len(tenant) > TENANT_CHARS_MAX:
+            raise Refusal("bad_start", f"a tenant's name has at most {TENANT_CHARS_MAX} characters")
+        if self.shelf.orders.quota(tenant) == 0:
+            raise Refusal("tenant_not_stored", f"nothing of tenant {tenant!r} is stored here: its quota is 0")
+        if not self.shelf.orders.admits(tenant):
+            raise Refusal(
+                "too_many_tenants",
+                f"{TENANTS_WITH_QUOTA_MAX} tenants with a quota have blocks here already",
+                retryable=True,
             )
 
     def _granted(self, session: sessions.Session, message: StartWrite) -> list[Grant]:
@@ -229,7 +361,7 @@ class BlockStore:
         return [Grant(where[key], slot) for key, slot in pairs]
 
     def _take_slots(self, layout: int, message: StartWrite, wanted: Sequence[int]) -> list[Grant]:
-        slots = self.shelf.take_slots(layout, [message.parents[index] for index in wanted])
+        slots = self.shelf.take_slots(layout, [message.parents[index] for index in wanted], message.tenant)
         if not slots:
             self.counters["refused_full"] += 1
             raise Refusal(
@@ -239,7 +371,7 @@ class BlockStore:
             )
         grants = [Grant(index, slot) for index, slot in zip(wanted, slots, strict=False)]
         for grant in grants:
-            self._writing[message.keys[grant.index]] = (message.parents[grant.index], layout)
+            self._writing[message.keys[grant.index]] = (message.parents[grant.index], layout, message.tenant)
         return grants
 
     def _as_join_report(self, name: JoinName, message: Report) -> joins.Report:
@@ -288,10 +420,12 @@ class BlockStore:
                 case sessions.Publish():
                     self._publish(effect)
                 case sessions.FreeSlot():
-                    self.slots.move(effect.slot, FREE)
+                    self.shelf.free(effect.slot)
                 case sessions.ReleaseKey():
-                    parent, layout = self._writing.pop(effect.key)
-                    self.shelf.release(layout, parent)
+                    parent, layout, tenant = self._writing.pop(effect.key)
+                    self.shelf.release(layout, parent, tenant)
+        if effects:
+            self.on_keys_settled()
         if after is None or after.phase in (sessions.Phase.PUBLISHED, sessions.Phase.FREED):
             life = self._lives.pop(name, None)
             if life is not None:
@@ -300,10 +434,12 @@ class BlockStore:
                     del self._by_life[life]
 
     def _publish(self, effect: sessions.Publish) -> None:
-        parent, layout = self._writing[effect.key]
+        parent, layout, tenant = self._writing[effect.key]
         assert effect.key not in self.shelf, "a key under way was published by somebody else"
-        self.shelf.publish(Block(effect.key, parent, layout, effect.slot, effect.checksums))
+        block = Block(effect.key, parent, layout, effect.slot, effect.checksums, tenant)
+        self.shelf.publish(block)
         self.counters["published"] += 1
+        self.on_publish(block)
 
     # --- what is seen from outside -------------------------------------------------------------------------------
 
@@ -320,7 +456,11 @@ class BlockStore:
         self.shelf.check_integrity()
         self._joins.check_integrity()
         self._sessions.check_integrity()
-        taken = self._sessions.held_slots
-        assert len(taken) == self.slots.count[QUARANTINED] + self.slots.count[WRITING]
+        taken = [*self._sessions.held_slots, *(slot for _, _, slot, _ in self._promoting.values())]
+        assert len(taken) == len(set(taken)) == self.slots.count[QUARANTINED] + self.slots.count[WRITING]
         assert all(self.slots.state(slot) is not FREE for slot in taken)
         assert set(self._lives) == {name for names in self._by_life.values() for name in names}
+
+
+def _ignore(block: Block) -> None:
+    pass

@@ -23,7 +23,7 @@ from interlock.core import limits
 from interlock.core.errors import ChannelFault, InterlockError
 from interlock.host.threads import Lock, monotonic_s
 from interlock.store.breaker import Breaker
-from interlock.store.keeper import Keeper, Link
+from interlock.store.keeper import Keeper, Link, Silence
 from interlock.store.mapping import MappedSlab
 from interlock.wire.identity import Identity
 from interlock.wire.store_messages import (
@@ -45,6 +45,8 @@ class MatchResult(msgspec.Struct, frozen=True):
 
     slab: int
     locations: list[Location]
+    coming: int = 0
+    """So many keys after them are on their way from disk; ask again in some milliseconds."""
 
 
 class WriteGrant(msgspec.Struct, frozen=True):
@@ -76,12 +78,15 @@ class StoreClient:
         attach: Attach,
         *,
         token: bytes = b"",
+        tenant: str = "",
         lookup_timeout_s: float = limits.STORE_LOOKUP_SECONDS_MAX,
     ) -> None:
         self._keeper = Keeper(address, me, attach, token, self._count)
+        self._tenant = tenant
         self._lookup_timeout_s = lookup_timeout_s
         self._lock = Lock()
         self._breaker = Breaker()
+        self._silence = Silence()
         self._counts: Counter[str] = Counter()
 
     # --- state ---------------------------------------------------------------------------------------------------
@@ -123,20 +128,23 @@ class StoreClient:
             return None
         self._count("match_hit_blocks", len(answer.locations))
         self._count("match_miss_blocks", len(asked) - len(answer.locations))
-        return MatchResult(answer.slab, answer.locations)
+        return MatchResult(answer.slab, answer.locations, answer.coming)
 
     def start_write(
-        self, session: str, attempt: int, keys: Sequence[bytes], parents: Sequence[bytes]
+        self, session: str, attempt: int, keys: Sequence[bytes], parents: Sequence[bytes], *, tenant: str = ""
     ) -> WriteGrant | None:
         """Slots for those of `keys` that are neither stored nor under way, within `lookup_timeout_s`. None: save nothing.
 
-        `parents[i]` is the key before `keys[i]` in its chain, b"" for a first block. `session` is unique in this
+        `parents[i]` is the key before `keys[i]` in its chain, b"" for a first block. `tenant` is whose quota they count
+        against. `session` is unique in this
         engine's life. When no answer came in time, the session is ended at the node by itself (`never_given`), and a
         late answer is dropped: no rank may be told of it.
         """
         if len(keys) > limits.BLOCKS_PER_CALL_MAX:
             keys, parents = keys[: limits.BLOCKS_PER_CALL_MAX], parents[: limits.BLOCKS_PER_CALL_MAX]
-        link, answer = self._look_up("start_write", StartWrite(session, attempt, list(keys), list(parents)))
+        link, answer = self._look_up(
+            "start_write", StartWrite(session, attempt, list(keys), list(parents), tenant or self._tenant)
+        )
         if link is None:
             return None
         if isinstance(answer, WriteStarted) and answer.slab == link.slab:
@@ -180,7 +188,7 @@ class StoreClient:
             list(good),
             [list(sums) for sums in checksums],
         )
-        return self._keeper.promise(grant.slab, body)
+        return self._keeper.promise(grant.slab, body, grant.node_incarnation)
 
     # --- both ----------------------------------------------------------------------------------------------------
 
@@ -224,7 +232,8 @@ class StoreClient:
             self._count(f"{word}_timeout")
             with self._lock:
                 self._breaker.failed(monotonic_s())
-            if link.lookups.closed is not None:
+                too_long = self._silence.is_too_long(link, monotonic_s())
+            if too_long or link.lookups.closed is not None:
                 self._keeper.broken(link, error)
             return link, None
         except (InterlockError, OSError, ValueError, msgspec.MsgspecError) as error:
@@ -233,6 +242,7 @@ class StoreClient:
             return link, None
         with self._lock:
             self._breaker.answered()
+            self._silence.ended()
         return link, answer
 
     def _count(self, word: str, by: int = 1) -> None:

@@ -2,18 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import TypeVar
 
+import msgspec
+
 from interlock.core.errors import RemoteProtocolError
-from interlock.core.limits import BLOCKS_PER_CALL_MAX, STORE_ATTACH_SECONDS_MAX
+from interlock.core.limits import (
+    BLOCKS_LISTED_MAX,
+    BLOCKS_PER_CALL_MAX,
+    CHANGES_PER_CALL_MAX,
+    STORE_ATTACH_SECONDS_MAX,
+)
 from interlock.host.base import Host
 from interlock.wire.channel import Channel, connect_channel
 from interlock.wire.identity import Identity
-from interlock.wire.store_messages import Clear, Done, GetStats, Location, Match, Matched, NodeMessage, Stats
+from interlock.wire.store_messages import (
+    BlockPage,
+    Changes,
+    Clear,
+    Done,
+    GetStats,
+    GetTenants,
+    ListBlocks,
+    Listed,
+    Location,
+    Match,
+    Matched,
+    NodeMessage,
+    Remove,
+    Stats,
+    Tenants,
+    TenantUse,
+    Verified,
+    VerifyBlocks,
+    WatchChanges,
+)
 
 ROLE = "store-control"
-Answer = TypeVar("Answer", Done, Matched, Stats)
+SWEEP_SECONDS_MAX = 300.0
+"""For verbs that look at every slot, in slices."""
+Answer = TypeVar("Answer", Done, Matched, Stats, BlockPage, Verified, Changes, Tenants)
 
 
 class AsyncStoreClient:
@@ -41,7 +70,44 @@ class AsyncStoreClient:
 
     async def clear(self) -> int:
         """Forgets every published block; how many that were. An administrator's verb."""
-        return (await self._ask(Clear(), Done)).count
+        return (await self._ask(Clear(), Done, SWEEP_SECONDS_MAX)).count
+
+    async def remove(self, keys: Sequence[bytes] = (), *, tenant: str | None = None, prefix: str = "") -> int:
+        """Forgets these blocks, or all of a tenant, or all whose key begins with these hex digits; how many there were."""
+        return (await self._ask(Remove(tenant, prefix, list(keys)), Done, SWEEP_SECONDS_MAX)).count
+
+    async def tenants(self) -> list[TenantUse]:
+        """Named tenants with what they use and may use."""
+        return (await self._ask(GetTenants(), Tenants)).tenants
+
+    async def page(
+        self, cursor: int = 0, *, limit: int = BLOCKS_LISTED_MAX, tenant: str | None = None, prefix: str = ""
+    ) -> BlockPage:
+        """The blocks in the next `limit` slots from `cursor` on, those that are asked for."""
+        return await self._ask(ListBlocks(cursor, limit, tenant, prefix), BlockPage)
+
+    async def blocks(self, *, tenant: str | None = None, prefix: str = "") -> AsyncIterator[Listed]:
+        """Every block that stays while we look; what comes or goes meanwhile may be told of or not."""
+        cursor: int | None = 0
+        while cursor is not None:
+            page = await self.page(cursor, tenant=tenant, prefix=prefix)
+            for block in page.blocks:
+                yield block
+            cursor = page.next
+
+    async def verify(self) -> AsyncIterator[Verified]:
+        """Checks the bytes of every block, page by page; what fails its check is forgotten by the node."""
+        cursor: int | None = 0
+        while cursor is not None:
+            page = await self._ask(VerifyBlocks(cursor), Verified, SWEEP_SECONDS_MAX)
+            yield page
+            cursor = page.next
+
+    async def watch(self, slab: int, after: int, wait_s: float) -> Changes:
+        """What changed in that slab after number `after`; see `store/mirror.py` for how to follow."""
+        return await self._ask(
+            WatchChanges(slab, after, CHANGES_PER_CALL_MAX, wait_s), Changes, self._timeout_s + wait_s
+        )
 
     async def match(self, keys: Sequence[bytes]) -> list[Location]:
         """Where the longest prefix of `keys` stands now."""
@@ -52,7 +118,7 @@ class AsyncStoreClient:
             await self._channel.close()
             self._channel = None
 
-    async def _ask(self, body: GetStats | Clear | Match, kind: type[Answer]) -> Answer:
+    async def _ask(self, body: msgspec.Struct, kind: type[Answer], timeout_s: float | None = None) -> Answer:
         if self._channel is None or self._channel.closed is not None:
             self._channel = await connect_channel(
                 self._host,
@@ -63,7 +129,7 @@ class AsyncStoreClient:
                 deadline_s=self._timeout_s,
                 token=self._token,
             )
-        answer = await self._channel.request(body, self._timeout_s)
+        answer = await self._channel.request(body, timeout_s or self._timeout_s)
         if not isinstance(answer, kind):
             raise RemoteProtocolError(
                 f"the store answered {type(body).__name__} with {type(answer).__name__}"

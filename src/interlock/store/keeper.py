@@ -5,7 +5,8 @@ keeper's own, on which it attaches, asks now and then whether the node is still 
 until each is acknowledged. With one connection a report under way would make a look-up wait.
 
 A promise (report, abort, withdrawal) concerns one slab. When the node comes back with another, promises about the old one
-are void: nobody else can be given those slots any more. When the same node life comes back after a broken connection,
+are void: nobody else can be given those slots any more. One for a life of the node that we are not attached to yet waits: a
+scheduler may be quicker than its ranks, at the start and when the node was restarted. When the same node life comes back after a broken connection,
 they are delivered again; every one of them may be repeated (core/joins, core/sessions).
 """
 
@@ -56,6 +57,26 @@ class Link(msgspec.Struct, frozen=True, eq=False):
 class _Promise(msgspec.Struct):
     slab: int
     body: PromiseBody
+    node: int
+    """Life of the node that it is for; 0: of the one whose slab is ours."""
+
+
+class Silence:
+    """How long one connection has answered nothing that was asked: it may be half-open, and nobody would ever tell us."""
+
+    def __init__(self) -> None:
+        self._link: Link | None = None
+        self._since_s = 0.0
+
+    def is_too_long(self, link: Link, now_s: float) -> bool:
+        """One more question on `link` was not answered in time."""
+        if self._link is not link:
+            self._link, self._since_s = link, now_s
+        return now_s - self._since_s > limits.SILENCE_SECONDS_MAX
+
+    def ended(self) -> None:
+        """It has answered."""
+        self._link = None
 
 
 class Keeper:
@@ -68,9 +89,10 @@ class Keeper:
         self._count = count
         self._changed = Condition()
         self._link: Link | None = None
-        self._last_slab = 0
+        self._last_slab = self._last_node = 0
         self._promises: deque[_Promise] = deque()
         self._thread: Thread | None = None
+        self._deliveries = Silence()
         self._closing = False
         self.last_error = "not connected yet"
 
@@ -97,16 +119,16 @@ class Keeper:
                 self._link is not None
             )
 
-    def promise(self, slab: int, body: PromiseBody) -> bool:
+    def promise(self, slab: int, body: PromiseBody, node: int = 0) -> bool:
         """Queues it for delivery. False: it is void, or there is no room (the slots then wait for our exit)."""
         self.start()
         with self._changed:
-            if slab != self._last_slab or not slab:
+            if not slab or (slab != self._last_slab and node <= self._last_node):
                 reason = "stale_slab"
             elif len(self._promises) >= limits.PENDING_REPORTS_MAX:
                 reason = "queue_full"
             else:
-                self._promises.append(_Promise(slab, body))
+                self._promises.append(_Promise(slab, body, node))
                 self._changed.notify_all()
                 return True
         self._count(f"{type(body).__name__.lower()}_dropped_{reason}")
@@ -161,7 +183,7 @@ class Keeper:
                 self._wait(limits.BREAKER_PROBE_SECONDS)
         elif not self._deliver(link):
             self._wait(limits.HEARTBEAT_SECONDS)
-            if self._link is link and not self._promises and not self._closing:
+            if self._link is link and self._next(link) is None and not self._closing:
                 self._ask(link, Match([]))
 
     def _wait(self, timeout_s: float) -> None:
@@ -169,7 +191,7 @@ class Keeper:
         with self._changed:
             before = self._link
             self._changed.wait_for(
-                lambda: self._closing or self._link is not before or bool(before and self._promises),
+                lambda: self._closing or self._link is not before or bool(before and self._next(before)),
                 timeout_s,
             )
 
@@ -182,9 +204,11 @@ class Keeper:
         except (InterlockError, OSError, TimeoutError, ValueError) as error:
             return self._failed(error)
         with self._changed:
-            void = [promise for promise in self._promises if promise.slab != link.slab]
-            self._promises = deque(promise for promise in self._promises if promise.slab == link.slab)
+            kept = [p for p in self._promises if p.slab == link.slab or p.node > link.node_incarnation]
+            void = [p for p in self._promises if p.slab != link.slab and p.node <= link.node_incarnation]
+            self._promises = deque(kept)
             self._link, self._last_slab, self.last_error = link, link.slab, ""
+            self._last_node = link.node_incarnation
             self._changed.notify_all()
         for promise in void:
             self._count(f"{type(promise.body).__name__.lower()}_dropped_stale_slab")
@@ -205,8 +229,10 @@ class Keeper:
             mapped = self._map(deliveries, attached)
             lookups = self._open()
             try:
-                if self._attach.rank is None:  # write sessions are begun on this one
+                if self._attach.rank is None or self._attach.leads:  # write sessions are begun on this one
                     again = _attached(lookups.request(self._attach, limits.STORE_ATTACH_SECONDS_MAX))
+                    for fd in lookups.take_fds():  # the same slab once more
+                        os.close(fd)
                     if again.slab != attached.slab:
                         raise ConnectionError("the store was restarted while we attached")
                 return Link(lookups, deliveries, deliveries.peer.incarnation, attached.slab, mapped)
@@ -247,21 +273,25 @@ class Keeper:
     def _deliver(self, link: Link) -> bool:
         """Delivers the promise that waits longest; False when there is none or it has to wait."""
         with self._changed:
-            promise = self._promises[0] if self._promises else None
+            promise = self._next(link)
         if promise is None:
             return False
         heard, settled = self._ask(link, promise.body)
         if not heard:
             return False
         with self._changed:
-            if self._promises and self._promises[0] is promise:
-                self._promises.popleft()
+            if any(kept is promise for kept in self._promises):
+                self._promises = deque(kept for kept in self._promises if kept is not promise)
                 if not settled:
                     self._promises.append(promise)
             self._changed.notify_all()
         if not settled:
             self._pause()
         return settled
+
+    def _next(self, link: Link) -> _Promise | None:
+        """The promise for this life of the node that waits longest."""
+        return next((promise for promise in self._promises if promise.slab == link.slab), None)
 
     def _pause(self) -> None:
         with self._changed:
@@ -274,9 +304,12 @@ class Keeper:
             link.deliveries.request(body, DELIVERY_SECONDS_MAX)
         except ChannelFault as fault:
             self._count(f"{word}_refused_{fault.code}")
+            self._deliveries.ended()
             return True, not fault.retryable
-        except TimeoutError:
+        except TimeoutError as error:
             self._count(f"{word}_timeout")
+            if self._deliveries.is_too_long(link, monotonic_s()):
+                self.broken(link, error)
             return False, False
         except LocalProtocolError as error:  # fits into no frame, now or later; its slots wait for our exit
             _log.error("%s: %s", self._me.name, error)
@@ -285,6 +318,7 @@ class Keeper:
         except (InterlockError, OSError) as error:
             self.broken(link, error)
             return False, False
+        self._deliveries.ended()
         return True, True
 
 

@@ -12,10 +12,12 @@ from typing import Any
 
 import msgspec
 
-from interlock.core.limits import SLAB_BYTES_MAX, SLOT_GRAIN_BYTES
+from interlock.core.limits import DISK_BYTES_MIN, SLAB_BYTES_MAX, SLOT_GRAIN_BYTES
 from interlock.host.base import Host
 from interlock.host.processes import parent_gone
-from interlock.store.node import Node
+from interlock.host.publisher import Publisher
+from interlock.store.node import DiskConfig, Node
+from interlock.telemetry.events import EventLog
 from interlock.wire.identity import load_identity
 
 log = logging.getLogger(__name__)
@@ -30,8 +32,21 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True):
     """A private directory of its own; its incarnation is kept there."""
     slab_bytes: int
     """Memory for KV blocks, allocated at start. Rounded down to whole pages."""
+    disk: Path | None = None
+    """A directory of its own for blocks that leave RAM; None: they are lost."""
+    disk_bytes: int = 0
+    """What may lie there."""
     name: str = "store"
     token: bytes = b""
+    quotas: dict[str, int] = {}
+    """Bytes of the slab by tenant; "*" for every other that has a name."""
+    end_frozen_writers: bool = False
+    """Whether a process that keeps slots of ended sessions from everybody else is ended (SIGKILL by its pidfd). Where the
+    supervisor restarts what ends."""
+    kv_events: str | None = None
+    """Where changes of the index are published as vLLM's KV events: `tcp://127.0.0.1:PORT` or `ipc:///PATH`."""
+    kv_events_replay: str | None = None
+    """Where missed events can be asked for."""
 
 
 def slab_number(name: str, incarnation: int) -> int:
@@ -50,10 +65,31 @@ async def run_node(host: Host, config: StoreConfig) -> None:
         raise ValueError(
             f"a slab of {config.slab_bytes} bytes is impossible; 1 page to {SLAB_BYTES_MAX} bytes are"
         )
+    disk = None
+    if config.disk is not None:
+        if config.disk_bytes < DISK_BYTES_MIN:
+            raise ValueError(
+                f"{config.disk_bytes} bytes of disk are too few; give it at least {DISK_BYTES_MIN}"
+            )
+        disk = DiskConfig(config.disk, config.disk_bytes)
     host.files.make_private_dir(config.state_dir)
+    publisher = None
+    if config.kv_events is not None:
+        publisher = Publisher(config.kv_events, config.kv_events_replay)
     me = load_identity(host, config.state_dir, config.name)
     memory = await host.in_thread(host.create_memory, "interlock-kv", size)
-    node = Node(host, me, memory, slab_number(me.name, me.incarnation), token=config.token)
+    node = Node(
+        host,
+        me,
+        memory,
+        slab_number(me.name, me.incarnation),
+        token=config.token,
+        disk=disk,
+        emit=EventLog(host.clock).emit,
+        quotas=config.quotas,
+        end_frozen_writers=config.end_frozen_writers,
+        publisher=publisher,
+    )
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -6,8 +6,12 @@ import weakref
 
 from interlock.core.layouts import KVLayout
 from interlock.core.limits import SLOT_GRAIN_BYTES
-from interlock.host.memory import map_memory
+from interlock.host.memory import map_memory, populate
+from interlock.host.threads import start_thread
 from interlock.store.checksums import Binding
+
+WARM_BYTES = 16 * 1024 * 1024
+"""Pages mapped in one go: a few milliseconds, after which a slab that nobody uses any more can be let go."""
 
 
 class MappedSlab:
@@ -29,6 +33,9 @@ class MappedSlab:
         self.writable = writable
         self.view = memory.view
         """All of the slab's bytes; for `torch.frombuffer` and the like."""
+        if size_bytes > WARM_BYTES:
+            me = weakref.ref(self)
+            start_thread("interlock-slab-warm", lambda: _warm(me))
 
     def offset(self, slot: int) -> int:
         """Where slot `slot` begins in `view`, in bytes. Raises `IndexError` when a block there would leave the slab."""
@@ -51,3 +58,13 @@ class MappedSlab:
     def binding(self, key: bytes, slot: int) -> Binding:
         """What the checksums of block `key` at `slot` are bound to."""
         return Binding(key, slot, self.node_incarnation, self.slab)
+
+
+def _warm(slab_of: weakref.ref[MappedSlab]) -> None:
+    """Maps the whole slab in the background, so that saves and loads copy at the memory's speed from the first on."""
+    at = 0
+    while (slab := slab_of()) is not None and at < len(slab.view):
+        if not populate(slab.view[at : at + WARM_BYTES], writable=slab.writable):
+            return
+        at += WARM_BYTES
+        del slab

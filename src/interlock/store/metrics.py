@@ -8,9 +8,15 @@ from interlock.store.slots import SlotState
 COUNTERS = {
     "hits": "interlock_store_hit_blocks_total",
     "misses": "interlock_store_miss_blocks_total",
+    "promoted": "interlock_store_promoted_blocks_total",
     "published": "interlock_store_published_blocks_total",
     "granted": "interlock_store_granted_blocks_total",
     "evictions": "interlock_store_evicted_blocks_total",
+    "evictions_over_quota": "interlock_store_evicted_over_quota_blocks_total",
+    "swept": "interlock_store_swept_blocks_total",
+    "verified": "interlock_store_verified_blocks_total",
+    "verified_bad": "interlock_store_verified_bad_blocks_total",
+    "writers_ended": "interlock_store_frozen_writers_ended_total",
     "withdrawn": "interlock_store_withdrawn_blocks_total",
     "joins_completed": "interlock_store_joins_completed_total",
     "joins_failed": "interlock_store_joins_failed_total",
@@ -34,6 +40,9 @@ def store_stats(store: BlockStore) -> dict[str, float]:
     values["interlock_store_slab_bytes"] = float(store.slab_bytes)
     values["interlock_store_joins_pending"] = float(store.joins_open)
     values["interlock_store_sessions_live"] = float(store.sessions_live)
+    values["interlock_store_frozen_writers"] = float(store.counters["writers_frozen"])
+    values["interlock_store_pinned_bytes"] = float(store.shelf.pins.bytes)
+    values["interlock_store_changes_total"] = float(store.shelf.changes.last)
     for state in SlotState:
         values[f"interlock_store_slots_{state.value}"] = float(store.slots.count[state])
         values[f"interlock_store_slots_{state.value}_bytes"] = float(store.slots.bytes[state])

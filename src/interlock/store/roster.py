@@ -40,7 +40,14 @@ class Member(msgspec.Struct, eq=False):
     """A name that no other member ever has: what core/sessions knows a holder by."""
     shard: Shard
     writes: bool
+    leads: bool = False
+    """This one rank is its engine's scheduler, too."""
     connections: int = 0
+
+    @property
+    def schedules(self) -> bool:
+        """Whether it begins and ends its engine's write sessions."""
+        return self.rank is None or self.leads
 
 
 class EngineLife(msgspec.Struct, eq=False):
@@ -90,6 +97,12 @@ class Roster:
     def members_of(self, pid: int) -> list[Member]:
         return list(self._members.get(pid, ()))
 
+    def pid_of(self, process: str) -> int | None:
+        """The pid behind a member's `process` name, while it is not proven gone."""
+        return next(
+            (m.pid for members in self._members.values() for m in members if m.process == process), None
+        )
+
     def older_lives(self, name: LifeName) -> list[EngineLife]:
         """Lives of that engine before this one, not ended yet."""
         return [
@@ -123,7 +136,7 @@ class Roster:
                     retryable=True,
                 )
             if known is not None:
-                if (known.shard, known.writes) != (shard, message.writes):
+                if (known.shard, known.writes, known.leads) != (shard, message.writes, message.leads):
                     raise Refusal("shard_changed", f"{self._who(message)} attached before with another shard")
                 return known
         else:
@@ -131,7 +144,7 @@ class Roster:
         self._check_tiling(life, message, shard)
         self._serial += 1
         process = f"{self._who(message)} (process {pid}, #{self._serial})"
-        member = Member(name, message.rank, pid, process, shard, message.writes)
+        member = Member(name, message.rank, pid, process, shard, message.writes, message.leads)
         self._lives[name] = life
         self._newest[message.engine] = name.incarnation
         self._newest.move_to_end(message.engine)
@@ -147,7 +160,7 @@ class Roster:
         for member in members:
             life = self._lives[member.life]
             del life.members[member.rank]
-            if member.rank is None:
+            if member.schedules:
                 life.ended = True
             if not life.members:
                 del self._lives[member.life]
@@ -160,6 +173,8 @@ class Roster:
             )
         if not 0 < message.ranks <= RANKS_MAX or not 0 <= (message.rank or 0) < message.ranks:
             raise Refusal("bad_attach", f"rank {message.rank} of {message.ranks} is impossible")
+        if message.leads and (message.rank, message.ranks) != (0, 1):
+            raise Refusal("bad_attach", "only the one rank of an engine of one can be its scheduler, too")
         layout = message.layout
         if message.rank is None:
             return Shard(0, 0, 0, 0)
@@ -169,12 +184,13 @@ class Roster:
             )
         except ValueError as error:
             raise Refusal("bad_attach", str(error)) from error
-        if shard.area and (shard.layer_start, shard.layer_stop) != (0, layout.layers):
+        edges = (0, *layout.cuts, layout.layers)
+        if shard.area and not (shard.layer_start in edges and shard.layer_stop in edges):
             raise Refusal(
                 "bad_attach",
-                f"{self._who(message)} holds layers {shard.layer_start} to {shard.layer_stop} of {layout.layers}: "
-                "checksums are over all layers of a head, so pipeline-parallel ranks cannot save",
-                hint="use tensor parallelism alone",
+                f"{self._who(message)} holds layers {shard.layer_start} to {shard.layer_stop} of {layout.layers}, and its "
+                f"layout's layer groups begin at {edges[:-1]}: it can sum up no part of a group",
+                hint="every rank of an engine attaches with the pipeline's stages as the layout's cuts",
             )
         if shard.area and not 0 <= shard.head_start < shard.head_stop <= layout.heads:
             raise Refusal(

@@ -12,6 +12,7 @@ what; who has the right to ask for a move stands in core/sessions and store/node
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from enum import StrEnum
 
 from interlock.core.errors import LocalProtocolError
@@ -81,6 +82,22 @@ class SlotTable:
     def slot_bytes(self, layout: int) -> int:
         return self._classes[layout].pages * SLOT_GRAIN_BYTES
 
+    def bytes_of(self, slot: int) -> int:
+        """The size of that slot. Raises `KeyError` for a number that is no slot now."""
+        self._states[slot]
+        owner = self._owner[slot // self.extent_pages]
+        assert owner is not None
+        return self.slot_bytes(owner)
+
+    @staticmethod
+    def offset_bytes(slot: int) -> int:
+        """Where that slot begins in the slab."""
+        return slot * SLOT_GRAIN_BYTES
+
+    def sizes(self) -> dict[int, int]:
+        """The size of every slot that is not free. For checks: it looks at everything."""
+        return {slot: self.bytes_of(slot) for slot, state in self._states.items() if state is not FREE}
+
     def capacity(self, layout: int) -> int:
         """How many blocks the slab could hold if this layout had all of it."""
         return len(self._owner) * (self.extent_pages // self._classes[layout].pages)
@@ -127,6 +144,23 @@ class SlotTable:
         pages = self._classes[owner].pages
         start = extent * self.extent_pages
         return list(range(start, start + self.extent_pages // pages * pages, pages))
+
+    def walk(self, slot: int, limit: int) -> tuple[list[int], int | None]:
+        """At most `limit` slots from number `slot` on, in whatever state, and where to go on; None at the end.
+
+        A block that stands at one slot during a whole walk is seen once; extents that change hands may hide or repeat others.
+        """
+        found: list[int] = []
+        for extent in range(max(0, slot) // self.extent_pages, len(self._owner)):
+            slots = self.slots_of_extent(extent)
+            for each in slots[bisect_left(slots, slot) :]:
+                if len(found) == limit:
+                    return found, each
+                found.append(each)
+        return found, None
+
+    def extent_of(self, slot: int) -> int:
+        return slot // self.extent_pages
 
     def richest(self, *, but: int) -> list[int]:
         """The extents of the layout that has most, for another that has none to take one from."""

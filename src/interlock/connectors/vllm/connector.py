@@ -20,20 +20,23 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
     KVConnectorWorkerMetadata,
 )
-from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-from interlock.connectors.models import checkpoint_digest, model_identity
 from interlock.connectors.vllm.config import EngineShape, parse_config, shape_of
 from interlock.connectors.vllm.keys import Salts
 from interlock.connectors.vllm.life import engine_incarnation
 from interlock.connectors.vllm.metadata import RankNews, StepTasks
+from interlock.connectors.vllm.movers import mover_for
+from interlock.connectors.vllm.packing import packing_of
 from interlock.connectors.vllm.scheduler import SchedulerSide
 from interlock.connectors.vllm.worker import WorkerSide
 from interlock.host.blocking import BlockingHost
 from interlock.host.owner import end_with
 from interlock.store.client import StoreClient
+from interlock.store.keys import ModelSalt
+from interlock.store.models import checkpoint_digest, model_identity
 from interlock.wire.identity import Identity
 from interlock.wire.store_messages import Attach
 
@@ -79,7 +82,8 @@ class InterlockConnector(KVConnectorBase_V1):
         if role == KVConnectorRole.SCHEDULER:
             self.scheduler = self._make_scheduler()
         else:
-            self.worker = self._make_worker(get_tensor_model_parallel_rank())
+            stage, tensor = get_pp_group().rank_in_group, get_tensor_model_parallel_rank()
+            self.worker = self._make_worker(stage * self.shape.tensor_ranks + tensor)
 
     def _make_scheduler(self) -> SchedulerSide:
         client = self._client(None)
@@ -87,19 +91,28 @@ class InterlockConnector(KVConnectorBase_V1):
         return SchedulerSide(self.shape, self._salts(), client)
 
     def _make_worker(self, rank: int) -> WorkerSide:
-        return WorkerSide(self.shape, rank, self._client(rank))
+        order = packing_of(self.shape.layout).order
+        return WorkerSide(
+            self.shape,
+            rank,
+            self._client(rank),
+            make_mover=lambda kv, layout, head_start: mover_for(kv, layout, head_start, order),
+        )
 
     def _salts(self) -> Salts:
         files, cache = self.host.files, self.config.state / "digests.json"
         model = self.config.model_id or model_identity(
             self.shape.model, self.shape.revision, files=files, cache=cache
         )
+        packing = packing_of(self.shape.layout).name
         logger.info("Interlock shares KV of %s, model %s", self.shape.layout, model)
         return Salts(
-            model=model,
-            layout=self.shape.layout,
-            tenant=self.config.tenant,
-            variant=self.shape.variant,
+            engine=ModelSalt(
+                model=model,
+                layout=self.shape.layout,
+                tenant=self.config.tenant,
+                variant=(*self.shape.variant, ("kv_packing", packing)) if packing else self.shape.variant,
+            ),
             adapter_identity=lambda path: checkpoint_digest(path, files=files, cache=cache),
         )
 
@@ -115,7 +128,13 @@ class InterlockConnector(KVConnectorBase_V1):
             shard=None if rank is None else shape.shard(rank),
         )
         me = Identity(f"{shape.name}/{part}", self.incarnation, os.urandom(16))
-        return StoreClient(self.config.store, me, attach, lookup_timeout_s=self.config.lookup_seconds)
+        return StoreClient(
+            self.config.store,
+            me,
+            attach,
+            tenant=self.config.tenant,
+            lookup_timeout_s=self.config.lookup_seconds,
+        )
 
     @property
     def client(self) -> StoreClient:
@@ -137,9 +156,9 @@ class InterlockConnector(KVConnectorBase_V1):
     def on_new_request(self, request: Any) -> None:
         self._scheduler.track(request)
 
-    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         tokens = self._scheduler.matched_tokens(request, num_computed_tokens)
-        return tokens, tokens > 0
+        return tokens, bool(tokens)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         block_ids = blocks.get_block_ids()[0] if num_external_tokens else []
@@ -187,7 +206,17 @@ class InterlockConnector(KVConnectorBase_V1):
         return metadata.tasks
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
-        self._worker.register(kv_caches)
+        scales = self._scales(list(kv_caches)) if self.shape.layout.scales else None
+        self._worker.register(kv_caches, scales)
+
+    def _scales(self, names: list[str]) -> dict[str, list[float]]:
+        """What K and V were divided by, per layer, as this rank's attention has it once the weights are loaded."""
+        layers = self._vllm_config.compilation_config.static_forward_context
+        return {
+            name: [float(layers[name]._k_scale), float(layers[name]._v_scale)]
+            for name in names
+            if hasattr(layers.get(name), "_k_scale")
+        }
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         """Nothing to end: a victim's blocks are read only inside `wait_for_save`, which returned before this call."""

@@ -11,18 +11,14 @@ from typing import Any
 
 import msgspec
 
-from interlock.connectors.models import UnknownModelError
-from interlock.core.layouts import KVLayout
-from interlock.core.prefixes import NO_PARENT, KeySalt, chain_keys
+from interlock.store.keys import ModelSalt
+from interlock.store.models import UnknownModelError
 
 
 class Salts(msgspec.Struct, frozen=True):
     """What all blocks of this engine have in common, and how an adapter's weights are told."""
 
-    model: str
-    layout: KVLayout
-    tenant: str
-    variant: tuple[tuple[str, str], ...]
+    engine: ModelSalt
     adapter_identity: Callable[[Path], str]
 
     def of(self, request: Any) -> bytes | None:
@@ -37,18 +33,14 @@ class Salts(msgspec.Struct, frozen=True):
         lora = self._adapter(request.lora_request)
         if lora is None:
             return None
-        return KeySalt(
-            model=self.model,
-            dtype=self.layout.dtype,
-            layout_digest=self.layout.digest(),
-            tenant=self.tenant,
+        return self.engine.of(
+            request.cache_salt or "",
             lora=lora,
             multimodal=tuple(
                 f"{feature.identifier}@{feature.mm_position.offset}+{feature.mm_position.length}"
                 for feature in request.mm_features
             ),
-            extra=(*self.variant, ("cache_salt", request.cache_salt or "")),
-        ).digest()
+        )
 
     def _adapter(self, lora: Any) -> str | None:
         """Empty without an adapter, else the identity of its content; None when that cannot be told."""
@@ -61,24 +53,3 @@ class Salts(msgspec.Struct, frozen=True):
             return self.adapter_identity(path)
         except (UnknownModelError, OSError):
             return None
-
-
-class KeyChain:
-    """Keys of one request's full blocks, computed once each and only as far as asked."""
-
-    def __init__(self, salt: bytes, block_tokens: int) -> None:
-        self._salt = salt
-        self._block_tokens = block_tokens
-        self.keys: list[bytes] = []
-
-    def upto(self, blocks: int, token_ids: Any) -> list[bytes]:
-        """Extends the chain to `blocks` blocks of `token_ids` (a request's tokens only ever grow) and returns it."""
-        done = len(self.keys)
-        if blocks > done:
-            fresh = list(token_ids[done * self._block_tokens : blocks * self._block_tokens])
-            self.keys += chain_keys(fresh, self._block_tokens, self._salt, parent=self.parent(done))
-        return self.keys
-
-    def parent(self, block: int) -> bytes:
-        """The key before block `block`, empty for the first."""
-        return self.keys[block - 1] if block else NO_PARENT

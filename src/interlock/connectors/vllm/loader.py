@@ -15,10 +15,11 @@ from collections.abc import Callable
 import msgspec
 
 from interlock.connectors.vllm.metadata import LoadTask
-from interlock.connectors.vllm.movers import GOOD, LATE, MISMATCH, Mover
+from interlock.connectors.vllm.movers import Mover
 from interlock.core.limits import LOAD_SECONDS_MAX, LOADS_QUEUED_MAX
 from interlock.host.threads import monotonic_s, start_thread
 from interlock.store.mapping import MappedSlab
+from interlock.store.rank_slots import GOOD, LATE, MISMATCH
 
 _log = logging.getLogger(__name__)
 

@@ -1,8 +1,9 @@
 """Moving KV blocks between a rank's tensors and the slab: one small class per kind of device.
 
-Both sum up what they read *from the KV tensor* when they save (hazards W3), and both check what lies in memory of their
-own when they load: bytes that are still in a slot can change between the check and the copy. A mover decides nothing:
-which blocks, into which slots, and when it must not touch them any more is its caller's business.
+A save has two halves. `gather` reads the KV tensors, into staging of our own, and runs in the model's thread inside the hook;
+summing up and filling the slots (`put`) needs no KV tensor any more and runs anywhere (`saver`). A load is checked in memory
+of our own before a KV tensor is touched (store/rank_slots). A mover decides nothing: which blocks, into which slots, and when
+it must not touch them any more is its caller's business.
 
 The CPU's mover uses NumPy, not torch: torch would start a second team of compute threads for the loader's thread, which
 fights the model's own for the cores.
@@ -13,27 +14,52 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 import torch
 
-from interlock.connectors.vllm.tensors import Bytes, KVBlocks, SlotBytes, runs
+from interlock.connectors.vllm.packing import Order, elements, to_canonical, to_packed
+from interlock.connectors.vllm.tensors import KVBlocks
 from interlock.core.layouts import KVLayout
-from interlock.store.checksums import HeadHasher, verify_block
 from interlock.store.mapping import MappedSlab
+from interlock.store.rank_slots import (
+    FOREIGN,
+    GOOD,
+    LATE,
+    MISMATCH,
+    Bytes,
+    RankSlots,
+    runs,
+    scales_of,
+    tokens_of,
+)
 from interlock.wire.store_messages import Location
 
-STAGING_BYTES_MAX = 16 * 1024 * 1024
-"""Enough that a copy's fixed cost vanishes, and little beside a model."""
 
-GOOD, MISMATCH, LATE = "good", "mismatch", "late"
-"""What became of a block that was to be loaded: in place; not what was promised; not tried any more."""
+class Staging(msgspec.Struct, eq=False):
+    """Memory for one batch of a save. `staged`: `[block, head, layer, byte]`; `settle` returns when it is all there."""
+
+    staged: Bytes
+    settle: Callable[[], None]
+    device: Any = None
+    """The device's own part of it, where the device has memory of its own."""
 
 
 class Mover(Protocol):
-    def save(
-        self, slab: MappedSlab, keys: Sequence[bytes], slots: Sequence[int], blocks: Sequence[int]
+    def batches(self, count: int) -> list[range]:
+        """`count` blocks in parts that fit into one staging each."""
+        ...
+
+    def staging(self) -> Staging: ...
+
+    def gather(self, blocks: Sequence[int], staging: Staging) -> None:
+        """Copies KV blocks to `staging`. After it the model may write to them again: nothing reads them out of order."""
+        ...
+
+    def put(
+        self, slab: MappedSlab, keys: Sequence[bytes], slots: Sequence[int], staging: Staging
     ) -> list[list[int]]:
-        """Copies KV blocks into slots; returns, per block, the checksum of each head held. All done on return."""
+        """Fills slots from what was gathered; per block the checksums of the parts held. Any thread; all done on return."""
         ...
 
     def load(
@@ -44,89 +70,70 @@ class Mover(Protocol):
         blocks: Sequence[int],
         in_time: Callable[[], bool],
     ) -> list[str]:
-        """Copies slots into KV blocks, each checked before; one of GOOD, MISMATCH, LATE per block.
+        """Copies slots into KV blocks, each checked before; one of GOOD, MISMATCH, FOREIGN, LATE per block.
 
         All done on return: nothing touches the KV tensor afterwards. `in_time` is asked before each batch.
         """
         ...
 
 
-class _Layout:
-    """What both movers know: which heads this rank holds, and how many blocks fit into its staging."""
+class _HostMover:
+    """What both kinds have in common: everything between host memory and the slab."""
 
     def __init__(self, kv: KVBlocks, layout: KVLayout, head_start: int) -> None:
-        self.kv = kv
-        self.layout = layout
-        self.head_start, self.head_stop = head_start, head_start + kv.heads
-        self.batch = max(1, STAGING_BYTES_MAX // (kv.heads * layout.head_bytes))
-        self.dense_shape = (kv.heads, layout.layers, layout.block_tokens, layout.content)
-        self._slots: tuple[MappedSlab, SlotBytes] | None = None
+        self._slots = RankSlots(layout, head_start, head_start + kv.heads, layers=kv.layers)
+        self._layout = layout
+        self._scales = kv.scale_bytes()
+        self.batches = self._slots.batches
 
-    def slots_of(self, slab: MappedSlab) -> SlotBytes:
-        """Made once a slab; the former slab's mapping goes with its last user. Saving and loading threads both ask."""
-        known = self._slots
-        if known is None or known[0] is not slab:
-            known = self._slots = slab, SlotBytes(slab.view, self.layout, self.head_start, self.head_stop)
-        return known[1]
+    def put(
+        self, slab: MappedSlab, keys: Sequence[bytes], slots: Sequence[int], staging: Staging
+    ) -> list[list[int]]:
+        staging.settle()
+        staged = staging.staged[: len(slots)]
+        if self._scales is not None:
+            scales_of(staged, self._layout)[:] = self._scales
+        return self._slots.put(slab, keys, slots, staged)
 
-    def verified(self, slab: MappedSlab, key: bytes, location: Location, dense: Bytes) -> bool:
-        return verify_block(
-            slab.binding(key, location.slot),
-            self.layout,
-            dense.reshape(-1).data,
-            location.checksums,
-            head_start=self.head_start,
-            head_stop=self.head_stop,
-        )
-
-    def batches(self, count: int) -> list[range]:
-        return [range(at, min(at + self.batch, count)) for at in range(0, count, self.batch)]
-
-    def checked(
-        self,
-        slab: MappedSlab,
-        keys: Sequence[bytes],
-        locations: Sequence[Location],
-        staging: Bytes,
-        batch: range,
-    ) -> list[int]:
-        """Fills `staging` from the slots of `batch`; the indices whose bytes are what the look-up promised."""
-        slots = [locations[i].slot for i in batch]
-        source = self.slots_of(slab)
-        for run in runs(slots, range(len(slots))):
-            np.copyto(staging[run.start : run.stop], source.of(slots, run))
-        return [i for n, i in enumerate(batch) if self.verified(slab, keys[i], locations[i], staging[n])]
+    def _judged(self, batch: range, part: Bytes, good: Sequence[int], outcomes: list[str]) -> list[int]:
+        """Those of `good` that this engine can use; the others' outcomes are set."""
+        for i in batch:
+            outcomes[i] = MISMATCH
+        if self._scales is None:
+            return list(good)
+        scales = scales_of(part, self._layout)
+        usable = [i for i in good if np.array_equal(scales[i - batch.start], self._scales)]
+        for i in set(good) - set(usable):
+            outcomes[i] = FOREIGN  # the same bytes would be other values here; the block is right for others
+        return usable
 
 
-class CpuMover:
+class CpuMover(_HostMover):
     """KV tensors in host memory."""
 
-    def __init__(self, kv: KVBlocks, layout: KVLayout, head_start: int) -> None:
-        self._common = _Layout(kv, layout, head_start)
+    def __init__(self, kv: KVBlocks, layout: KVLayout, head_start: int, order: Order | None = None) -> None:
+        """`order`: how vLLM's kernels permute a block's elements here (`packing`)."""
+        super().__init__(kv, layout, head_start)
         self._pieces = kv.byte_pieces()
-        self._staging: Bytes | None = None
+        self._arrivals: Bytes | None = None
+        self._order = order
 
-    def save(
-        self, slab: MappedSlab, keys: Sequence[bytes], slots: Sequence[int], blocks: Sequence[int]
+    def put(
+        self, slab: MappedSlab, keys: Sequence[bytes], slots: Sequence[int], staging: Staging
     ) -> list[list[int]]:
-        target = self._common.slots_of(slab)
-        for run in runs(slots, blocks):
-            dense, chosen = target.of(slots, run), run.chosen(blocks[run.start])
-            for layers, piece in self._pieces:
-                np.copyto(dense[:, :, layers], piece[:, chosen].transpose(1, 2, 0, 3, 4))
-        return [
-            self._sums(slab, key, slot, block) for key, slot, block in zip(keys, slots, blocks, strict=True)
-        ]
+        if self._order is not None:
+            to_canonical(elements(staging.staged[: len(slots)], self._layout), self._order)
+        return super().put(slab, keys, slots, staging)
 
-    def _sums(self, slab: MappedSlab, key: bytes, slot: int, block: int) -> list[int]:
-        binding, sums = slab.binding(key, slot), []
-        for head in range(self._common.kv.heads):
-            hasher = HeadHasher(binding, self._common.head_start + head)
-            for _, piece in self._pieces:
-                for layer in piece[:, block, head]:
-                    hasher.update(np.ascontiguousarray(layer).data)
-            sums.append(hasher.value())
-        return sums
+    def staging(self) -> Staging:
+        return Staging(self._slots.staging(), _settled)
+
+    def gather(self, blocks: Sequence[int], staging: Staging) -> None:
+        dense = tokens_of(staging.staged, self._layout)
+        for run in runs(range(len(blocks)), blocks):
+            chosen = run.chosen(blocks[run.start])
+            for layers, piece in self._pieces:
+                np.copyto(dense[run.start : run.stop, :, layers], piece[:, chosen].transpose(1, 2, 0, 3, 4))
 
     def load(
         self,
@@ -137,17 +144,20 @@ class CpuMover:
         in_time: Callable[[], bool],
     ) -> list[str]:
         outcomes = [LATE] * len(blocks)
-        staging = self._own_staging()
-        for batch in self._common.batches(len(blocks)):
+        if self._arrivals is None:  # made at the first load: an engine that never hits pays nothing
+            self._arrivals = self._slots.arrivals()
+        for batch in self.batches(len(blocks)):
             if not in_time():
                 break
-            good = self._common.checked(slab, keys, locations, staging, batch)
-            for i in batch:
-                outcomes[i] = MISMATCH
+            part, believed = self._slots.fetch(slab, keys, locations, self._arrivals, batch)
+            good = self._judged(batch, part, believed, outcomes)
+            if self._order is not None:
+                to_packed(elements(part, self._layout), self._order)
+            dense = tokens_of(part, self._layout)
             places = [i - batch.start for i in good]
             targets = [blocks[i] for i in good]
             for run in runs(places, targets):
-                source = staging[places[run.start] : places[run.stop - 1] + 1 : run.slot_step]
+                source = dense[places[run.start] : places[run.stop - 1] + 1 : run.slot_step]
                 chosen = run.chosen(targets[run.start])
                 for layers, piece in self._pieces:
                     np.copyto(piece[:, chosen].transpose(1, 2, 0, 3, 4), source[:, :, layers])
@@ -155,68 +165,58 @@ class CpuMover:
                 outcomes[i] = GOOD
         return outcomes
 
-    def _own_staging(self) -> Bytes:
-        """Made at the first load: an engine that never hits pays nothing."""
-        if self._staging is None:
-            common = self._common
-            heads, layers, tokens, _ = common.dense_shape
-            token_bytes = common.layout.head_bytes // (layers * tokens)
-            self._staging = np.empty((common.batch, heads, layers, tokens, token_bytes), dtype=np.uint8)
-        return self._staging
+
+def _settled() -> None:
+    """What NumPy copied is there."""
 
 
-class CudaMover:
+class CudaMover(_HostMover):
     """KV tensors on a GPU: gathered on the device, moved by a stream of our own through pinned staging.
 
-    Written against torch's documented streams and events; **it has not been run on a GPU in this project yet**. Saves
-    and loads have a stream and staging each, since they run in different threads. Every call waits for its last event,
-    so that on return no copy is in flight (source fence, release).
+    Written against torch's documented streams and events; **it has not been run on a GPU in this project yet**. The model's
+    thread waits for nothing: blocks are gathered on the device in a stream of ours, and the model's own stream is made to
+    wait for that gathering before it runs anything later (the source fence, kept by the device); `put` waits for the bytes.
+    A load waits for its last copy, so that on return nothing is in flight (release).
     """
 
     def __init__(self, kv: KVBlocks, layout: KVLayout, head_start: int) -> None:
-        self._common = _Layout(kv, layout, head_start)
-        self._save, self._load = self._lane(), self._lane()
+        super().__init__(kv, layout, head_start)
+        self._kv = kv
+        self._dtype = getattr(torch, layout.dtype)
+        self._saving, self._loading = (torch.cuda.Stream(device=kv.device) for _ in range(2))
+        self._arrivals: Bytes | None = None
 
-    def _lane(self) -> tuple[Any, torch.Tensor, Bytes]:
-        """(stream, pinned staging as a tensor, the same as bytes)."""
-        common = self._common
-        dtype = getattr(torch, common.layout.dtype)
-        staging = torch.empty((common.batch, *common.dense_shape), dtype=dtype, pin_memory=True)
-        return torch.cuda.Stream(device=common.kv.device), staging, staging.view(torch.uint8).numpy()
+    def staging(self) -> Staging:
+        shape = self._slots.staging().shape
+        pinned = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        own = torch.empty(shape, dtype=torch.uint8, device=self._kv.device)
+        event = torch.cuda.Event()
+        return Staging(pinned.numpy(), event.synchronize, (pinned, own, event))
 
-    def save(
-        self, slab: MappedSlab, keys: Sequence[bytes], slots: Sequence[int], blocks: Sequence[int]
-    ) -> list[list[int]]:
-        common, (stream, staging, staged) = self._common, self._save
-        target, sums = common.slots_of(slab), []
-        stream.wait_stream(
-            torch.cuda.current_stream(common.kv.device)
-        )  # the step's forward writes these blocks
-        for batch in common.batches(len(blocks)):
-            with torch.cuda.stream(stream):
-                self._gather([blocks[i] for i in batch], staging[: len(batch)])
-            stream.synchronize()
-            some = [slots[i] for i in batch]
-            for run in runs(some, range(len(some))):
-                np.copyto(target.of(some, run), staged[run.start : run.stop])
-            sums += [self._sums(slab, keys[i], slots[i], staged[n]) for n, i in enumerate(batch)]
-        return sums
+    def gather(self, blocks: Sequence[int], staging: Staging) -> None:
+        pinned, own, event = staging.device
+        count = len(blocks)
+        model = torch.cuda.current_stream(self._kv.device)
+        gathered = torch.cuda.Event()
+        self._saving.wait_stream(model)  # the step's forward writes these blocks
+        with torch.cuda.stream(self._saving):
+            index = torch.tensor(blocks, dtype=torch.int64).pin_memory()
+            index = index.to(self._kv.device, non_blocking=True)
+            dense = self._tokens(own[:count])
+            for layers, piece in self._kv.pieces:
+                dense[:, :, layers].copy_(piece.index_select(1, index).permute(1, 2, 0, 3, 4))
+            gathered.record(self._saving)
+            pinned[:count].copy_(own[:count], non_blocking=True)
+            event.record(self._saving)
+        model.wait_event(gathered)
 
-    def _gather(self, blocks: list[int], into: torch.Tensor) -> None:
-        index = (
-            torch.tensor(blocks, dtype=torch.int64).pin_memory().to(self._common.kv.device, non_blocking=True)
-        )
-        for layers, piece in self._common.kv.pieces:
-            dense = piece.index_select(1, index).permute(1, 2, 0, 3, 4).contiguous()
-            into[:, :, layers].copy_(dense, non_blocking=True)
-
-    def _sums(self, slab: MappedSlab, key: bytes, slot: int, dense: Bytes) -> list[int]:
-        binding, sums = slab.binding(key, slot), []
-        for head in range(self._common.kv.heads):
-            hasher = HeadHasher(binding, self._common.head_start + head)
-            hasher.update(dense[head].reshape(-1).data)
-            sums.append(hasher.value())
-        return sums
+    def _tokens(self, whole: torch.Tensor) -> torch.Tensor:
+        """Of `[block, head, layer, byte]` the tokens as elements, `[block, head, layer, token, content]`."""
+        layout = self._layout
+        elements = whole.view(self._dtype)
+        n, head, layer, _ = elements.stride()
+        shape = (*elements.shape[:3], layout.block_tokens, layout.content)
+        return elements.as_strided(shape, (n, head, layer, layout.content, 1))
 
     def load(
         self,
@@ -226,31 +226,36 @@ class CudaMover:
         blocks: Sequence[int],
         in_time: Callable[[], bool],
     ) -> list[str]:
-        common, (stream, staging, staged) = self._common, self._load
         outcomes = [LATE] * len(blocks)
+        if self._arrivals is None:
+            size = len(self._slots.arrivals())
+            self._arrivals = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
         # A step launched before this load may still write KV blocks that were given to us meanwhile.
-        torch.cuda.synchronize(common.kv.device)
-        for batch in common.batches(len(blocks)):
+        torch.cuda.synchronize(self._kv.device)
+        for batch in self.batches(len(blocks)):
             if not in_time():
                 break
-            good = common.checked(slab, keys, locations, staged, batch)
-            for i in batch:
-                outcomes[i] = GOOD if i in good else MISMATCH
+            part, believed = self._slots.fetch(slab, keys, locations, self._arrivals, batch)
+            good = self._judged(batch, part, believed, outcomes)
             try:
-                with torch.cuda.stream(stream):
+                with torch.cuda.stream(self._loading):
                     for i in good:
-                        device = staging[i - batch.start].to(common.kv.device, non_blocking=True)
-                        for layers, piece in common.kv.pieces:
-                            piece[:, blocks[i]].copy_(device[:, layers].transpose(0, 1))
+                        # A stage's layers are a slice of what was read: only the copy is surely dense and pinned.
+                        one = torch.from_numpy(np.ascontiguousarray(part[i - batch.start]))
+                        dense = self._tokens(one.to(self._kv.device, non_blocking=True).unsqueeze(0))[0]
+                        for layers, piece in self._kv.pieces:
+                            piece[:, blocks[i]].copy_(dense[:, layers].transpose(0, 1))
             finally:
-                stream.synchronize()  # staging is used again, and release means that nothing is in flight
+                self._loading.synchronize()  # memory is used again, and release means that nothing is in flight
+            for i in good:
+                outcomes[i] = GOOD
         return outcomes
 
 
-def mover_for(kv: KVBlocks, layout: KVLayout, head_start: int) -> Mover:
-    """Raises `NotImplementedError` for a device that nobody has written a mover for."""
+def mover_for(kv: KVBlocks, layout: KVLayout, head_start: int, order: Order | None = None) -> Mover:
+    """`order` as of `packing`; only the CPU's kernels have one. Raises `NotImplementedError` for a device that nobody has written a mover for."""
     if kv.device.type == "cpu":
-        return CpuMover(kv, layout, head_start)
+        return CpuMover(kv, layout, head_start, order)
     if kv.device.type == "cuda":
         return CudaMover(kv, layout, head_start)
     raise NotImplementedError(

@@ -4,7 +4,8 @@ It runs inside vLLM's scheduler, between two steps, so a store call waits a few 
 otherwise. The rules (hazards W2, W4, F7; tair §2.8):
 
 * A request is looked up **once**. vLLM asks again every step while the request waits or was preempted; the first answer
-  is repeated, without side effects, and never with "ask me later": with the store away requests are computed, not starved.
+  is repeated, without side effects. "Ask me later" is said only while the store itself says that blocks are on their way
+  from its disk, and for a second of a request's life at most: with the store away requests are computed, not starved.
 * Loads always take vLLM's asynchronous path: nothing is computed from a block before every rank has checked it.
 * A block whose load failed is burned for that request's life and withdrawn from the index, or the same hit would fail for
   ever. The request saves nothing any more.
@@ -23,10 +24,17 @@ from typing import Any
 import msgspec
 
 from interlock.connectors.vllm.config import EngineShape
-from interlock.connectors.vllm.keys import KeyChain, Salts
+from interlock.connectors.vllm.keys import Salts
 from interlock.connectors.vllm.metadata import LoadTask, RankNews, SaveTask, StepTasks
-from interlock.core.limits import BLOCKS_PER_CALL_MAX, REQUESTS_TRACKED_MAX
+from interlock.core.limits import (
+    BLOCKS_PER_CALL_MAX,
+    PROMOTION_POLL_SECONDS,
+    PROMOTION_WAIT_SECONDS_MAX,
+    REQUESTS_TRACKED_MAX,
+)
+from interlock.host.threads import monotonic_s
 from interlock.store.client import MatchResult, StoreClient
+from interlock.store.keys import KeyChain
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -43,6 +51,25 @@ class Answer(msgspec.Struct, frozen=True):
         return self.first + len(self.found.locations)
 
 
+class DiskWait:
+    """How long one request has waited for blocks that come from disk: bounded over its whole life (hazards F7)."""
+
+    def __init__(self) -> None:
+        self._until_s: float | None = None
+        self._next_s = 0.0
+
+    def may_wait(self, now_s: float) -> bool:
+        """Whether it may ask once more instead of taking what there is."""
+        if self._until_s is None:
+            self._until_s = now_s + PROMOTION_WAIT_SECONDS_MAX
+        self._next_s = now_s + PROMOTION_POLL_SECONDS
+        return now_s < self._until_s
+
+    def too_early(self, now_s: float) -> bool:
+        """Whether it asked a moment ago."""
+        return now_s < self._next_s and self._until_s is not None and now_s < self._until_s
+
+
 class Tracked:
     """What the connector remembers of one live request."""
 
@@ -50,12 +77,14 @@ class Tracked:
         self.request = request
         self.chain = chain
         self.answer: Answer | None = None
+        self.waits = DiskWait()
         self.preemptions = 0
         self.offered = 0
         """First block of what was offered last; vLLM allocates for exactly that."""
         self.burned: set[int] = set()
         self.reads = True
-        self.saves = True
+        # vLLM's own way of saying something about one request to its connector.
+        self.saves = not (getattr(request, "kv_transfer_params", None) or {}).get("no_store", False)
         self.saved = 0
         """Blocks before this one are stored, or were handed over to be."""
         self.asked = 0
@@ -113,8 +142,11 @@ class SchedulerSide:
 
     # --- reads ---------------------------------------------------------------------------------------------------
 
-    def matched_tokens(self, request: Any, computed_tokens: int) -> int:
-        """Tokens after `computed_tokens` that can be loaded: whole blocks, at least one token left to compute."""
+    def matched_tokens(self, request: Any, computed_tokens: int) -> int | None:
+        """Tokens after `computed_tokens` that can be loaded: whole blocks, at least one token left to compute.
+
+        None: more are on their way from the store's disk; ask again, for `PROMOTION_WAIT_SECONDS_MAX` at most.
+        """
         tracked = self._requests.get(request.request_id)
         if tracked is None or not tracked.reads or request.skip_reading_prefix_cache:
             return 0
@@ -124,15 +156,25 @@ class SchedulerSide:
         if stop <= first:
             return 0
         answer = self._answer(tracked, first, stop)
+        if answer is None:
+            return None
         tracked.offered = first
         return max(0, min(stop, answer.stop) - first) * self._block_tokens
 
-    def _answer(self, tracked: Tracked, first: int, stop: int) -> Answer:
-        """The remembered answer; asked for once, and anew only for another question (preempted, blocks lost locally)."""
+    def _answer(self, tracked: Tracked, first: int, stop: int) -> Answer | None:
+        """The remembered answer; asked for once, and anew only for another question (preempted, blocks lost locally).
+
+        None while blocks come up from disk and the request may still wait for them.
+        """
         answer, request = tracked.answer, tracked.request
         if answer is None or tracked.preemptions != request.num_preemptions or first < answer.first:
+            if tracked.waits.too_early(monotonic_s()):
+                return None
             keys = tracked.chain.upto(stop, request.all_token_ids)[first:stop]
             found = self.client.match(keys)
+            if found is not None and found.coming and tracked.waits.may_wait(monotonic_s()):
+                self.counts["asked_again"] += 1
+                return None
             self.counts["asked_blocks"] += len(keys)
             self.counts["lookup_unanswered"] += found is None
             tracked.answer = answer = Answer(first, found or MatchResult(0, []))

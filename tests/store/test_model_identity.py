@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from interlock.connectors import models
-from interlock.connectors.models import UnknownModelError, model_identity
 from interlock.host.files import RealFiles
+from interlock.store import models
+from interlock.store.models import UnknownModelError, model_identity
 
 
 def checkpoint(folder: Path, weights: bytes = b"w" * 100, config: str = "{}") -> Path:

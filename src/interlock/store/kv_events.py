@@ -1,0 +1,158 @@
+"""The index's changes as vLLM's KV events, for routers that know those: published with numbers, replayed on request.
+
+The words, their order and the frames are those of vllm 0.32 (`vllm/distributed/kv_events.py`): a message is (topic, number
+of 8 bytes, big-endian; payload), the payload an `EventBatch`; a question to the replay socket is the first number that is
+missing, and the answer all batches from there on, then number -1. Hashes are our block keys (32 bytes); `token_ids` are empty,
+for a store never sees tokens: a router computes keys with `core/prefixes.chain_keys`. The first batch of a life says that
+all blocks are cleared; so does one after this publisher fell behind, and the whole index follows it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+import msgspec
+
+from interlock.core.limits import (
+    BLOCKS_LISTED_MAX,
+    CHANGES_PER_CALL_MAX,
+    KV_EVENT_BATCHES_MAX,
+    KV_EVENT_BYTES_MAX,
+)
+from interlock.host.base import Host
+from interlock.host.publisher import Publisher
+from interlock.store.changes import RAM, Change, ChangeKind
+from interlock.store.notice import Notice
+from interlock.store.shelf import Shelf
+
+WAIT_SECONDS = 5.0
+END = (-1).to_bytes(8, "big", signed=True)
+_log = logging.getLogger(__name__)
+
+
+class KVCacheEvent(msgspec.Struct, omit_defaults=True, tag=True, frozen=True):
+    """What vLLM calls so."""
+
+
+class BlockStored(KVCacheEvent, frozen=True):
+    block_hashes: list[bytes]
+    parent_block_hash: bytes | None
+    token_ids: list[int]
+    block_size: int
+    lora_id: int | None
+    medium: str | None
+    lora_name: str | None
+
+
+class BlockRemoved(KVCacheEvent, frozen=True):
+    block_hashes: list[bytes]
+    medium: str | None
+
+
+class AllBlocksCleared(KVCacheEvent, frozen=True):
+    pass
+
+
+class EventBatch(msgspec.Struct, array_like=True, omit_defaults=True, frozen=True):
+    ts: float
+    events: list[BlockStored | BlockRemoved | AllBlocksCleared]
+    data_parallel_rank: int | None = None
+
+
+def events_of(changes: Sequence[Change]) -> Iterator[BlockStored | BlockRemoved]:
+    """Chains of stored blocks, and runs of removed ones, each as one event."""
+    start = 0
+    for index in range(1, len(changes) + 1):
+        if index == len(changes) or not _go_together(changes[index - 1], changes[index]):
+            run = changes[start:index]
+            keys = [change.key for change in run]
+            first = run[0]
+            if first.kind is ChangeKind.STORED:
+                parent = first.parent or None
+                yield BlockStored(keys, parent, [], first.block_tokens, None, first.medium, None)
+            else:
+                yield BlockRemoved(keys, first.medium)
+            start = index
+
+
+def _go_together(one: Change, two: Change) -> bool:
+    if (one.kind, one.medium, one.block_tokens) != (two.kind, two.medium, two.block_tokens):
+        return False
+    return one.kind is ChangeKind.REMOVED or two.parent == one.key
+
+
+class KVEvents:
+    """Publishes one shelf's changes. `run` and `serve_replays` are tasks of the node."""
+
+    def __init__(self, host: Host, shelf: Shelf, publisher: Publisher, *, topic: str = "") -> None:
+        self._host, self._shelf, self._publisher = host, shelf, publisher
+        self._topic = topic.encode()
+        self._batches: deque[tuple[bytes, bytes]] = deque()
+        self._bytes = 0
+        self._number = 0
+        self._changed = Notice()
+        self._encode = msgspec.msgpack.Encoder().encode
+        shelf.changes.listeners.append(self._changed.ring)
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        known = await self._begin_anew()
+        while True:
+            if known == self._shelf.changes.last:
+                await self._changed.wait(WAIT_SECONDS)
+            changes = self._shelf.changes.since(known, CHANGES_PER_CALL_MAX)
+            if changes is None:
+                _log.warning("KV events fell behind after change %d: the whole index is told again", known)
+                known = await self._begin_anew()
+            elif changes:
+                known += len(changes)
+                await self._publish(list(events_of(changes)))
+
+    async def serve_replays(self) -> None:
+        """Answers who missed batches. Until cancelled."""
+        while True:
+            frames = await self._publisher.question()
+            if len(frames) != 3 or len(frames[2]) != 8:
+                continue
+            who, first = frames[0], frames[2]
+            for number, payload in list(self._batches):
+                if number >= first:  # big-endian numbers of one length compare as their bytes
+                    await self._publisher.answer((who, b"", self._topic, number, payload))
+            await self._publisher.answer((who, b"", b"", END, b""))
+
+    async def _begin_anew(self) -> int:
+        """Says that all is cleared, then all there is; the number of the last change that followers know then."""
+        known = self._shelf.changes.last
+        await self._publish([AllBlocksCleared()])
+        cursor: int | None = 0
+        while cursor is not None:
+            blocks, cursor = self._shelf.page(cursor, BLOCKS_LISTED_MAX)
+            stored = [
+                Change(
+                    ChangeKind.STORED,
+                    b.key,
+                    b.parent,
+                    self._shelf.layout_of(b.layout).block_tokens,
+                    b.tenant,
+                    RAM,
+                )
+                for b in blocks
+            ]
+            if stored:
+                await self._publish(list(events_of(stored)))
+            await self._host.clock.sleep_s(0)
+        return known
+
+    async def _publish(self, events: list[BlockStored | BlockRemoved | AllBlocksCleared]) -> None:
+        payload = self._encode(EventBatch(self._host.clock.wall_ns() / 1e9, events, 0))
+        number = self._number.to_bytes(8, "big")
+        self._number += 1
+        self._batches.append((number, payload))
+        self._bytes += len(payload)
+        while len(self._batches) > KV_EVENT_BATCHES_MAX or self._bytes > KV_EVENT_BYTES_MAX:
+            self._bytes -= len(self._batches.popleft()[1])
+        with contextlib.suppress(ConnectionError):
+            await self._publisher.publish((self._topic, number, payload))

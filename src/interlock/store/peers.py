@@ -1,0 +1,348 @@
+"""The tier below RAM that is other hosts' RAM: blocks of peer nodes come up into slots when a look-up asks for them.
+
+Each node follows its peers' indexes (the same listing and numbered changes that any client may follow), so a look-up knows at once what a peer has, and
+a miss costs nothing. A block that is wanted is located anew at its owner and read straight from the owner's slab into staging of our own, verified
+there against the checksums of the ranks that wrote it, and only then copied into a slot: a peer that hangs costs staging, no slots
+(hazards W1), and a slot that its owner reused meanwhile is a checksum that fails, a miss. Nobody writes another's slab; the segment that
+is offered is the slab, read-only. Two nodes reading from each other at once is the ordinary case: neither waits for its own reads to answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import Coroutine, Sequence
+from typing import Any
+
+import msgspec
+
+from interlock.core import limits
+from interlock.core.errors import InterlockError
+from interlock.core.layouts import KVLayout
+from interlock.host.base import Host, SharedMemory
+from interlock.store.blocks import BlockStore
+from interlock.store.checksums import Binding, verify_block
+from interlock.store.desk import Desk
+from interlock.store.packs.files import rebind
+from interlock.store.packs.staging import Staging, StagingFull
+from interlock.store.refusal import Refusal
+from interlock.transfer.engine import Part, TransferEngine
+from interlock.transfer.segments import RemoteSegment, Segment
+from interlock.wire.identity import Identity
+from interlock.wire.store_messages import BlockPage, Changes, Key, ListBlocks, WatchChanges
+
+STAGING_BYTES = 64 * 1024 * 1024
+READS_AT_ONCE = 2
+FOLLOW_WAIT_SECONDS = 5.0
+RETRY_SECONDS_MAX = 2.0
+SEGMENT_LABEL = "store slab"
+_log = logging.getLogger(__name__)
+
+
+class LocateBlocks(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """Where do these blocks stand in your slab?"""
+
+    keys: list[Key]
+
+
+class PeerBlock(msgspec.Struct, frozen=True, array_like=True):
+    key: bytes
+    parent: bytes
+    slot: int
+    layout: int
+    """Into `BlocksLocated.layouts`."""
+    checksums: tuple[int, ...]
+    tenant: str = ""
+
+
+class BlocksLocated(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """Those of the asked blocks that are here. Slots are in the segment, which is the slab of this life."""
+
+    slab: int
+    segment: int
+    slab_bytes: int
+    layouts: list[KVLayout]
+    blocks: list[PeerBlock]
+
+
+_questions: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(LocateBlocks | ListBlocks | WatchChanges)
+_answers: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(BlocksLocated | BlockPage | Changes)
+
+
+class PeerTier:
+    """`engine`: started, named as this node; `peers`: names of the other nodes, which the engine's directory knows."""
+
+    def __init__(
+        self,
+        host: Host,
+        engine: TransferEngine,
+        peers: Sequence[str],
+        store: BlockStore,
+        desk: Desk,
+        memory: SharedMemory,
+    ) -> None:
+        self._host, self._engine, self._peers = host, engine, list(peers)
+        self._store, self._desk, self._memory = store, desk, memory
+        self._staging = Staging(STAGING_BYTES)
+        self._segment: Segment | None = None
+        self._where: OrderedDict[bytes, str] = OrderedDict()
+        """Which peer has a block, as far as is known."""
+        self._wanted: OrderedDict[bytes, str] = OrderedDict()
+        self._coming: set[bytes] = set()
+        self._wake = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self.counters: Counter[str] = Counter()
+
+    # --- life ------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Offers the slab, answers peers, follows them."""
+        self._segment = self._engine.register(self._memory, SEGMENT_LABEL)
+        self._engine.answer_with(self._answer)
+        for peer in self._peers:
+            self._spawn(self._follow(peer), f"follow {peer}")
+        for number in range(READS_AT_ONCE):
+            self._spawn(self._run(), f"peer reader {number}")
+
+    async def close(self) -> None:
+        """No task of ours touches the slab afterwards; the slab is withdrawn from peers."""
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._segment is not None:
+            await self._engine.unregister(self._segment)
+            self._segment = None
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        self._tasks.append(asyncio.create_task(work, name=name))
+
+    # --- for the node's look-ups -----------------------------------------------------------------------------------
+
+    def promote(self, keys: Sequence[bytes]) -> int:
+        """How many of the first `keys`, which follow what is known here of a prefix, are on their way now. Costs a look-up."""
+        count = 0
+        for key in keys:
+            if key in self._coming or key in self._store.shelf:
+                count += 1
+                continue
+            peer = self._where.get(key)
+            if peer is None or len(self._coming) >= limits.PEER_BLOCKS_COMING_MAX:
+                break
+            if not self._store.under_way(key):
+                self._wanted[key] = peer
+                self._coming.add(key)
+                self._wake.set()
+            count += 1
+        return count
+
+    def stats(self) -> dict[str, float]:
+        values = {
+            "known_blocks": len(self._where),
+            "promoting_blocks": len(self._coming),
+            "promoted_blocks_total": self.counters["promoted"],
+            "promotions_failed_blocks_total": self.counters["failed"],
+            "bad_blocks_total": self.counters["bad"],
+            "read_bytes_total": self.counters["bytes"],
+            "located_blocks_total": self.counters["located"],
+        }
+        return {f"interlock_store_peers_{name}": float(value) for name, value in values.items()}
+
+    # --- what peers ask --------------------------------------------------------------------------------------------
+
+    async def _answer(self, peer: Identity, payload: bytes) -> bytes:
+        """Raises `Refusal`."""
+        try:
+            question = _questions.decode(payload)
+        except (msgspec.MsgspecError, ValueError) as error:
+            raise Refusal("bad_question", f"{peer} asked what no store asks: {error}") from error
+        if isinstance(question, LocateBlocks):
+            return msgspec.msgpack.encode(self._locate(question.keys[: limits.PEER_FETCH_BLOCKS_MAX]))
+        return msgspec.msgpack.encode(await self._desk.answer(question, None))
+
+    def _locate(self, keys: Sequence[bytes]) -> BlocksLocated:
+        shelf, segment = self._store.shelf, self._segment
+        if segment is None:
+            raise Refusal("closing", "this node is closing", retryable=True)
+        found = [block for key in keys if (block := shelf.get(key)) is not None]
+        numbers = sorted({block.layout for block in found})
+        self.counters["located"] += len(found)
+        return BlocksLocated(
+            self._store.slab.slab,
+            segment.remote.number,
+            segment.remote.size_bytes,
+            [shelf.layout_of(number) for number in numbers],
+            [
+                PeerBlock(b.key, b.parent, b.slot, numbers.index(b.layout), tuple(b.checksums), b.tenant)
+                for b in found
+            ],
+        )
+
+    # --- following peers -------------------------------------------------------------------------------------------
+
+    async def _follow(self, peer: str) -> None:
+        pause_s = limits.RECONNECT_SECONDS_MIN
+        while True:
+            try:
+                await self._follow_once(peer)
+                pause_s = limits.RECONNECT_SECONDS_MIN
+            except (InterlockError, OSError, TimeoutError, msgspec.MsgspecError) as error:
+                _log.info("node %s is not followed now: %s", peer, error)
+            self._forget(peer)
+            await self._host.clock.sleep_s(pause_s)
+            pause_s = min(2 * pause_s, RETRY_SECONDS_MAX)
+
+    async def _follow_once(self, peer: str) -> None:
+        """Lists all, then follows the changes, until a gap, another slab, or a failure."""
+        slab = after = cursor = -1
+        following: int | None = 0
+        while following is not None:
+            page = await self._ask(peer, ListBlocks(following), BlockPage)
+            if cursor == -1:
+                slab, after = page.slab, page.sequence
+            if page.slab != slab:
+                return
+            for block in page.blocks:
+                self._learn(peer, block.key)
+            cursor, following = following, page.next
+        while True:
+            changes = await self._ask(peer, WatchChanges(slab, after, wait_s=FOLLOW_WAIT_SECONDS), Changes)
+            if changes.gap or changes.slab != slab:
+                return
+            for change in changes.changes:
+                if change.kind == "stored":
+                    self._learn(peer, change.key)
+                elif self._where.get(change.key) == peer:
+                    del self._where[change.key]
+            after = changes.last
+
+    async def _ask(self, peer: str, question: msgspec.Struct, wanted: type) -> Any:
+        payload, _ = await self._engine.ask(
+            peer, msgspec.msgpack.encode(question), timeout_s=FOLLOW_WAIT_SECONDS + limits.SILENCE_SECONDS_MAX
+        )
+        answer = _answers.decode(payload)
+        if not isinstance(answer, wanted):
+            raise Refusal("bad_answer", f"{peer} answered with a {type(answer).__name__}")
+        return answer
+
+    def _learn(self, peer: str, key: bytes) -> None:
+        self._where[key] = peer
+        if len(self._where) > limits.PEER_BLOCKS_KNOWN_MAX:
+            self._where.popitem(last=False)
+
+    def _forget(self, peer: str) -> None:
+        for key in [key for key, at in self._where.items() if at == peer]:
+            del self._where[key]
+
+    # --- reading from them -----------------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        while True:
+            while not self._wanted:
+                self._wake.clear()
+                await self._wake.wait()
+            peer = next(iter(self._wanted.values()))
+            keys = [key for key, at in self._wanted.items() if at == peer][: limits.PEER_FETCH_BLOCKS_MAX]
+            for key in keys:
+                del self._wanted[key]
+            before = self.counters["promoted"]
+            try:
+                await self._fetch(peer, keys)
+            except (InterlockError, OSError, TimeoutError, ValueError, msgspec.MsgspecError) as error:
+                _log.info("%d blocks did not come from %s: %s", len(keys), peer, error)
+            finally:
+                self._coming.difference_update(keys)
+                self.counters["failed"] += len(keys) - (self.counters["promoted"] - before)
+                for (
+                    key
+                ) in keys:  # who did not come is not looked for there again before its owner tells of it anew
+                    if key not in self._store.shelf:
+                        self._where.pop(key, None)
+
+    async def _fetch(self, peer: str, keys: list[bytes]) -> None:
+        payload, incarnation = await self._engine.ask(
+            peer, msgspec.msgpack.encode(LocateBlocks(keys)), timeout_s=limits.PEER_FETCH_SECONDS_MAX
+        )
+        found = _answers.decode(payload)
+        if not isinstance(found, BlocksLocated):
+            raise Refusal("bad_answer", f"{peer} did not say where its blocks are")
+        segment = RemoteSegment(peer, incarnation, found.segment, found.slab_bytes)
+        asked = set(keys)
+        for number, layout in enumerate(found.layouts):
+            blocks = [block for block in found.blocks if block.layout == number and block.key in asked]
+            fitting = max(1, limits.DISK_READ_BYTES // layout.block_bytes)
+            for at in range(0, len(blocks), fitting):
+                await self._read(segment, found.slab, layout, blocks[at : at + fitting])
+
+    async def _read(
+        self, segment: RemoteSegment, slab: int, layout: KVLayout, blocks: list[PeerBlock]
+    ) -> None:
+        size = layout.block_bytes
+        try:
+            with self._staging.take(size * len(blocks)) as memory:
+                rows = [
+                    (block.slot * limits.SLOT_GRAIN_BYTES, i * size, size) for i, block in enumerate(blocks)
+                ]
+                transfer = self._engine.read(
+                    [Part(segment, memory, rows)], timeout_s=limits.PEER_FETCH_SECONDS_MAX
+                )
+                try:
+                    outcome = await transfer.outcome()
+                finally:
+                    # Only at its release is the staging ours again (hazards W1); a cancelled task waits for it, too.
+                    transfer.cancel()
+                    await asyncio.shield(transfer.release())
+                outcome.check()
+                self.counters["bytes"] += outcome.size_bytes
+                datas = [memory[i * size : (i + 1) * size] for i in range(len(blocks))]
+                bindings = [Binding(b.key, b.slot, segment.incarnation, slab) for b in blocks]
+                good = await self._host.in_thread(_verify, layout, blocks, datas, bindings)
+                self.counters["bad"] += good.count(False)
+                chosen = [
+                    pair for pair, fine in zip(zip(blocks, datas, strict=True), good, strict=True) if fine
+                ]
+                for tenant in dict.fromkeys(block.tenant for block, _ in chosen):
+                    await self._fill(layout, [pair for pair in chosen if pair[0].tenant == tenant], tenant)
+                datas.clear()
+                chosen.clear()
+        except StagingFull as full:
+            raise Refusal("staging_full", str(full), retryable=True) from full
+
+    async def _fill(self, layout: KVLayout, chosen: list[tuple[PeerBlock, memoryview]], tenant: str) -> None:
+        """Verified blocks into slots of our own, in the order of their chain, as far as there is room."""
+        store, slab = self._store, self._store.slab
+        chosen = [
+            pair for pair in chosen if not store.under_way(pair[0].key) and pair[0].key not in store.shelf
+        ]
+        keys = [block.key for block, _ in chosen]
+        number = store.layout(layout)
+        slots = store.begin_promotion(number, keys, [block.parent for block, _ in chosen], tenant)
+        bindings = [
+            Binding(key, slot, slab.node_incarnation, slab.slab)
+            for key, slot in zip(keys, slots, strict=False)
+        ]
+        sums: list[list[int]] = []
+        try:
+            sums = await self._host.in_thread(
+                _rebind_all, layout, [data for _, data in chosen], bindings, self._memory
+            )
+        finally:
+            for i, binding in enumerate(bindings):
+                store.end_promotion(binding.key, sums[i] if sums else None)
+        self.counters["promoted"] += len(bindings)
+
+
+def _verify(
+    layout: KVLayout, blocks: list[PeerBlock], datas: list[memoryview], bindings: list[Binding]
+) -> list[bool]:
+    return [
+        verify_block(binding, layout, data, block.checksums)
+        for block, data, binding in zip(blocks, datas, bindings, strict=True)
+    ]
+
+
+def _rebind_all(
+    layout: KVLayout, datas: list[memoryview], bindings: list[Binding], slab: SharedMemory
+) -> list[list[int]]:
+    return [rebind(layout, data, binding, slab) for data, binding in zip(datas, bindings, strict=False)]

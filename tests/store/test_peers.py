@@ -1,0 +1,203 @@
+"""Two nodes on two hosts: what one has published the other reads straight into its staging, verifies, and serves."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from interlock.core.layouts import KVLayout
+from interlock.core.prefixes import KeySalt, chain_keys
+from interlock.host.real import RealHost
+from interlock.membership.directory import StaticDirectory
+from interlock.store.checksums import Binding, block_checksums, verify_block
+from interlock.store.main import slab_number
+from interlock.store.node import Node
+from interlock.transfer.engine import LaneOptions, TransferEngine
+from interlock.wire.channel import Channel, connect_channel
+from interlock.wire.identity import Identity, passing_identity
+from interlock.wire.store_messages import Location, Match, Matched, NodeMessage
+
+LAYOUT = KVLayout(layers=2, heads=4, block_tokens=4, content=32, dtype="float32")
+SALT = KeySalt(model="m", dtype="float32", layout_digest=LAYOUT.digest())
+SLOTS = 64
+
+
+def keys_of(start: int, count: int) -> list[bytes]:
+    return chain_keys(range(start, start + LAYOUT.block_tokens * count), LAYOUT.block_tokens, SALT)
+
+
+class Host:
+    """A node with its engine, as one host would have them."""
+
+    def __init__(self, name: str, life: int, directory: Path, addresses: StaticDirectory) -> None:
+        self.name, self.host = name, RealHost()
+        self.me = Identity(name, life, f"{name}{life}".encode())
+        self.memory = self.host.create_memory("test-slab", SLOTS * LAYOUT.block_bytes)
+        self.slab = slab_number(name, life)
+        self.path = directory / f"{name}{life}"
+        self.path.mkdir(mode=0o700)
+        self.engine = TransferEngine(
+            self.host,
+            self.me,
+            "tcp:127.0.0.1:0",
+            directory=addresses,
+            token=b"fleet",
+            lanes=LaneOptions(kinds=("tcp",)),
+        )
+        self.addresses = addresses
+        self.node: Node
+        self.channel: Channel
+
+    async def start(self, others: list[str]) -> None:
+        await self.engine.start()
+        self.addresses.update(self.name, self.engine.address)
+        self.node = Node(self.host, self.me, self.memory, self.slab, tick_s=0.02, peers=(self.engine, others))
+        address = f"unix:{self.path}/store.sock"
+        await self.node.start(address)
+        me = passing_identity(self.host, "client")
+        self.channel = await connect_channel(
+            self.host, address, me=me, role="test", accept=NodeMessage, deadline_s=5
+        )
+
+    def save(self, keys: list[bytes], fill: int) -> None:
+        """Published as a rank's save would be, without the rank."""
+        store = self.node.store
+        parents = [b"", *keys[:-1]]
+        number = store.layout(LAYOUT)
+        for key, slot in zip(keys, store.begin_promotion(number, keys, parents), strict=True):
+            data = bytes((fill + slot + i) % 251 for i in range(LAYOUT.block_bytes))
+            start = slot * 4096
+            self.memory.view[start : start + LAYOUT.block_bytes] = data
+            store.end_promotion(
+                key, block_checksums(Binding(key, slot, self.me.incarnation, self.slab), LAYOUT, data)
+            )
+
+    async def match(self, keys: list[bytes]) -> Matched:
+        return await self.channel.request(Match(keys), 5.0)
+
+    async def match_all(self, keys: list[bytes]) -> list[Location]:
+        """Asks again as long as blocks are coming, as a scheduler does; then what there is."""
+        async with asyncio.timeout(10):
+            while True:
+                found = await self.match(keys)
+                if len(found.locations) == len(keys) or not found.coming:
+                    return found.locations
+                await asyncio.sleep(0.005)
+
+    def good(self, key: bytes, location: Location) -> bool:
+        start = location.slot * 4096
+        data = self.memory.view[start : start + LAYOUT.block_bytes]
+        binding = Binding(key, location.slot, self.me.incarnation, self.slab)
+        return verify_block(binding, LAYOUT, data, location.checksums)
+
+    async def close(self) -> None:
+        self.node.check_integrity()
+        await self.channel.close()
+        await self.node.close()
+        await self.engine.close()
+        self.engine.check_integrity()
+        self.host.close()
+
+
+@pytest.fixture
+async def two(tmp_path: Path) -> AsyncIterator[tuple[Host, Host]]:
+    addresses = StaticDirectory()
+    one, other = Host("one", 1, tmp_path, addresses), Host("two", 1, tmp_path, addresses)
+    await one.start(["two"])
+    await other.start(["one"])
+    yield one, other
+    await one.close()
+    await other.close()
+
+
+async def known(host: Host, keys: list[bytes]) -> None:
+    """Until the host has heard that its peer has these."""
+    async with asyncio.timeout(10):
+        while not set(keys) <= set(host.node.peers._where):
+            await asyncio.sleep(0.005)
+
+
+async def test_a_block_of_another_host_is_served_here_with_the_bytes_it_was_saved_with(
+    two: tuple[Host, Host],
+) -> None:
+    one, other = two
+    keys = keys_of(0, 8)
+    one.save(keys, 7)
+    await known(other, keys)
+    found = await other.match_all(keys)
+    assert len(found) == len(keys)
+    assert all(other.good(key, at) for key, at in zip(keys, found, strict=True))
+    (there,) = [await one.match(keys)]
+    for mine, theirs in zip(found, there.locations, strict=True):
+        begin, origin = mine.slot * 4096, theirs.slot * 4096
+        size = LAYOUT.block_bytes
+        assert other.memory.view[begin : begin + size] == one.memory.view[origin : origin + size]
+    assert other.node.peers.stats()["interlock_store_peers_promoted_blocks_total"] == 8
+
+
+async def test_two_nodes_read_from_each_other_at_once(two: tuple[Host, Host]) -> None:
+    one, other = two
+    mine, theirs = keys_of(0, 16), keys_of(1000, 16)
+    one.save(mine, 1)
+    other.save(theirs, 2)
+    await asyncio.gather(known(one, theirs), known(other, mine))
+    for_one, for_other = await asyncio.gather(one.match_all(theirs), other.match_all(mine))
+    assert len(for_one) == len(for_other) == 16
+    assert all(one.good(key, at) for key, at in zip(theirs, for_one, strict=True))
+    assert all(other.good(key, at) for key, at in zip(mine, for_other, strict=True))
+
+
+async def test_bytes_that_fail_their_check_are_a_miss_and_take_no_slot(two: tuple[Host, Host]) -> None:
+    one, other = two
+    keys = keys_of(0, 4)
+    one.save(keys, 3)
+    await known(other, keys)
+    (there,) = [await one.match(keys)]
+    one.memory.view[there.locations[2].slot * 4096 + 5] ^= 1
+    found = await other.match_all(keys)
+    assert len(found) == 2, "a block whose bytes were changed, or one behind it, was served"
+    await asyncio.sleep(0.05)
+    assert other.node.peers.stats()["interlock_store_peers_bad_blocks_total"] == 1
+    other.node.check_integrity()
+
+
+async def test_what_a_peer_forgets_is_no_hit_here(two: tuple[Host, Host]) -> None:
+    one, other = two
+    keys = keys_of(0, 4)
+    one.save(keys, 3)
+    await known(other, keys)
+    for key in reversed(keys):
+        block = one.node.store.shelf.get(key)
+        assert block is not None
+        one.node.store.shelf.withdraw(key, block.slot)
+    async with asyncio.timeout(10):
+        while other.node.peers._where:
+            await asyncio.sleep(0.005)
+    assert not (await other.match(keys)).coming
+
+
+async def test_a_peer_that_is_gone_and_back_is_followed_again(tmp_path: Path) -> None:
+    addresses = StaticDirectory()
+    one, other = Host("one", 1, tmp_path, addresses), Host("two", 1, tmp_path, addresses)
+    await one.start(["two"])
+    await other.start(["one"])
+    keys = keys_of(0, 4)
+    one.save(keys, 3)
+    await known(other, keys)
+    await one.close()
+    async with asyncio.timeout(10):
+        while other.node.peers._where:
+            await asyncio.sleep(0.005)
+    assert not await other.match_all(keys)
+    again = Host("one", 2, tmp_path, addresses)
+    await again.start(["two"])
+    again.save(keys, 9)
+    await known(other, keys)
+    found = await other.match_all(keys)
+    assert len(found) == 4
+    assert all(other.good(key, at) for key, at in zip(keys, found, strict=True))
+    await again.close()
+    await other.close()
