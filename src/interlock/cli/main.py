@@ -8,13 +8,17 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from interlock import __version__
 from interlock.cli.errors import Failure, Usage
 
+ENGINE_KINDS = ("vllm", "transformers")
 SERVE_EXAMPLES = """\
 examples:
-  interlock serve                                    the demo model on two engines
+  interlock serve                                    the demo model on two vLLM engines
+  interlock serve --engine transformers              the same in a quarter of the time, slower tokens
+  interlock serve --engine vllm:1,transformers:2     both kinds, one KV cache
   interlock serve ~/models/Qwen3-0.6B --engines 4    a local checkpoint
   interlock serve --engines 1 --tp 2 -- --max-num-seqs 64
 """
@@ -32,6 +36,17 @@ def positive(text: str) -> int:
     if not 0 < value <= 1024:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 1024")
     return value
+
+
+def engine_kinds(text: str) -> list[tuple[str, int | None]]:
+    """ "vllm:1,transformers:2" as (kind, number or None where none is named)."""
+    found: list[tuple[str, int | None]] = []
+    for part in text.split(","):
+        kind, colon, number = part.partition(":")
+        if kind not in ENGINE_KINDS:
+            raise argparse.ArgumentTypeError(f"{kind!r} is no kind of engine: {' or '.join(ENGINE_KINDS)} is")
+        found.append((kind, positive(number) if colon else None))
+    return found
 
 
 def port(text: str) -> int:
@@ -92,7 +107,15 @@ def _add_serve(commands: argparse._SubParsersAction[Parser]) -> None:
     serve.add_argument(
         "model", nargs="?", metavar="MODEL", help="local checkpoint directory; default: the demo model"
     )
-    serve.add_argument("--engines", type=positive, default=2, metavar="N", help="engines (default 2)")
+    serve.add_argument(
+        "--engine",
+        type=engine_kinds,
+        action="append",
+        metavar="KIND[:N],…",
+        help="vllm (the default) or transformers, which starts in seconds; several, with how many of each: "
+        "vllm:1,transformers:2",
+    )
+    serve.add_argument("--engines", type=positive, metavar="N", help="engines of that kind (default 2)")
     serve.add_argument(
         "--tp", type=positive, default=1, metavar="N", help="tensor-parallel ranks of each engine (default 1)"
     )
@@ -111,13 +134,24 @@ def _add_serve(commands: argparse._SubParsersAction[Parser]) -> None:
         help="memory of the shared KV cache (default 1 GiB)",
     )
     serve.add_argument(
+        "--disk",
+        type=Path,
+        metavar="DIR",
+        help="a directory for blocks that leave memory; a restart hits them",
+    )
+    serve.add_argument(
+        "--disk-gib", type=gibibytes, default=10.0, metavar="X", help="its size (default 10 GiB)"
+    )
+    serve.add_argument(
         "--api-key", metavar="KEY", help="asked of every client; default: $INTERLOCK_API_KEY, else none"
     )
 
 
 def _add_ctl(commands: argparse._SubParsersAction[Parser]) -> None:
     ctl = commands.add_parser(
-        "ctl", help="status, pause, unpause, stop of a running fleet", allow_abbrev=False
+        "ctl",
+        help="status, pause, unpause, update, suspend, resume, drain, stop of a running fleet",
+        allow_abbrev=False,
     )
     verbs = ctl.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)
     common = Parser(add_help=False)
@@ -147,6 +181,26 @@ def _add_ctl(commands: argparse._SubParsersAction[Parser]) -> None:
     unpause.add_argument(
         "--break-hold-of", type=name, metavar="OWNER", help="release somebody else's instead"
     )
+    update = verbs.add_parser(
+        "update", parents=[common, held], help="change the weights of a paused fleet", allow_abbrev=False
+    )
+    update.add_argument("version", type=name, metavar="VERSION", help="what the new weights are called")
+    update.add_argument("weights", metavar="DIRECTORY", help="their checkpoint directory")
+    update.add_argument(
+        "--kv",
+        choices=["recompute", "keep"],
+        default="recompute",
+        help="KV of frozen requests: computed anew by the new weights (the default), or kept",
+    )
+    verbs.add_parser(
+        "suspend", parents=[common, held], help="a paused fleet gives its memory back", allow_abbrev=False
+    )
+    verbs.add_parser(
+        "resume", parents=[common, held], help="and takes it again; it is paused then", allow_abbrev=False
+    )
+    verbs.add_parser(
+        "drain", parents=[common, held], help="let running requests end, then stop", allow_abbrev=False
+    )
     verbs.add_parser(
         "stop", parents=[common, held], help="end every engine, and the fleet", allow_abbrev=False
     )
@@ -159,8 +213,10 @@ def _add_others(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 OTHERS = {
+    "transfer": "transfer engines by hand: serve memory, ping, explain, bench",
     "demo": "show reuse, pause, and an engine's death on a running fleet, and check every token",
     "store": "a KV store node by itself, for plain vLLM engines",
+    "snapshots": "list, show, verify and remove the snapshots of a directory",
     "explore": "walk every interleaving of a protocol",
     "simulate": "run whole fleets on a simulated machine, every fault from one seed",
 }
@@ -199,7 +255,7 @@ def _run(given: list[str]) -> int:
         raise Usage("arguments after -- are for `interlock serve` only")
     if parsed.command == "ctl":
         if parsed.verb is None:
-            raise Usage("ctl needs one of: status, pause, unpause, stop")
+            raise Usage("ctl needs one of: status, pause, unpause, update, suspend, resume, drain, stop")
         from interlock.cli.ctl import ctl
 
         return ctl(parsed)

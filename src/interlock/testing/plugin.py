@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import pytest
@@ -35,6 +37,9 @@ class Simulation:
 
     def close(self) -> None:
         self.loop.close()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            gc.collect()  # what its coroutines do at their end must not fall into somebody else's test, or into a compiler
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""What carries bytes between two paired endpoints: shared memory, TCP connections, NIXL."""

@@ -1,0 +1,138 @@
+"""The owner's end of a connection: hears what is asked, checks each piece, sends it straight from the segment.
+
+The segment cannot go while this end sends from it (`SegmentTable.acquire`); who takes nothing loses the connection when the owner
+wants its memory back.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import numpy as np
+
+from interlock.host.bulk import BulkSocket
+from interlock.host.bulk_pool import NOTHING, READABLE, WRITABLE, BulkPool
+from interlock.host.foreign import Iovecs, advance
+from interlock.host.threads import monotonic_s
+from interlock.transfer.lanes import frames
+from interlock.transfer.lanes.connection import Connection
+from interlock.transfer.segments import PieceRefused, Segment, SegmentTable
+
+WINDOW = 1024
+TURN_BYTES = 64 * 1024 * 1024
+"""After so much another connection gets the thread."""
+Mapper = Callable[[int, int], tuple[bytes, int | None]]
+"""(segment number, incarnation) -> what its reader must know, and a descriptor that is closed after it was sent."""
+
+
+class ServeConnection(Connection):
+    """`is_listed`: until then no byte is given (core/endpoints: no lane carries bytes before it was listed)."""
+
+    def __init__(
+        self,
+        sock: BulkSocket,
+        pool: BulkPool,
+        on_end: Callable[[Connection, str], None],
+        segments: SegmentTable,
+        mapper: Mapper | None = None,
+    ) -> None:
+        super().__init__(sock, pool, on_end)
+        self.is_listed = False
+        self._segments, self._mapper = segments, mapper
+        self._heard = bytearray()
+        self._wanted = frames.HEADER.size
+        self._asked: tuple[int, int, int, int] | None = None
+        self._head = memoryview(b"")
+        self._fd: int | None = None
+        self._pieces: Iovecs = np.empty((0, 2), np.uint64)
+        self._window: Iovecs = self._pieces
+        self._next = 0
+        self._used: list[Segment] = []
+        self.sent_bytes = 0
+
+    def advance(self) -> int:
+        moved = 0
+        while moved < TURN_BYTES:
+            if len(self._head):
+                taken = self.sock.send(self._head, () if self._fd is None else (self._fd,))
+                if not taken:
+                    return WRITABLE
+                self._drop_fd()
+                self._head = self._head[taken:]
+            elif len(self._window) or self._next < len(self._pieces):
+                sent = self._send_pieces()
+                if not sent:
+                    return WRITABLE
+                moved += sent
+            else:
+                self._rest()
+                if not self._hear():
+                    return READABLE
+        return WRITABLE
+
+    def _rest(self) -> None:
+        self.waiting = False
+        if self._used:
+            self._segments.let_go(self._used, self)
+            self._used = []
+            self._pieces = self._window = self._pieces[:0]
+            self._next = 0
+
+    def _send_pieces(self) -> int:
+        if not len(self._window):
+            self._window = np.ascontiguousarray(self._pieces[self._next : self._next + WINDOW])
+            self._next += len(self._window)
+        sent = self.sock.send_pieces(self._window, patient=self.patience())
+        self.judge_pace(sent)
+        if sent:
+            self.sent_bytes += sent
+            self._window = advance(self._window, sent)
+        return sent
+
+    def _hear(self) -> bool:
+        """Takes in what is asked; False: the rest of it has not come yet."""
+        data = self.sock.receive(self._wanted - len(self._heard), [])
+        if data is None:
+            return False
+        self._heard += data
+        if len(self._heard) < self._wanted:
+            return True
+        heard, self._heard = self._heard, bytearray()
+        if self._asked is None:
+            self._asked = frames.read_request(bytes(heard))
+            self._wanted = self._asked[1] * frames.ROW_BYTES
+            return True
+        kind, _, number, incarnation = self._asked
+        self._asked, self._wanted = None, frames.HEADER.size
+        self.waiting, self.moved_s = True, monotonic_s()
+        try:
+            self._answer(kind, number, incarnation, heard)
+        except PieceRefused as refused:
+            self._head = memoryview(frames.refusal(number, refused))
+        return True
+
+    def _answer(self, kind: int, number: int, incarnation: int, heard: bytearray) -> None:
+        if not self.is_listed:
+            raise PieceRefused("refused", "this lane was not listed by both sides")
+        if kind == frames.MAP:
+            if self._mapper is None:
+                raise PieceRefused("refused", "this lane maps nothing")
+            detail, self._fd = self._mapper(int(frames.read_rows(heard)[0, 0]), incarnation)
+            self._head = memoryview(frames.answer(number, 0, detail))
+            return
+        pieces, self._used = self._segments.acquire(frames.read_rows(heard), incarnation, self)
+        self._pieces, self._next = pieces, 0
+        self._head = memoryview(frames.answer(number, int(pieces[:, 1].sum())))
+
+    def _drop_fd(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def left(self, reason: str) -> None:  # noqa: ARG002 - nobody waits for the reason here
+        self._drop_fd()
+        self._rest()
+
+
+__all__ = ["NOTHING", "Mapper", "ServeConnection"]

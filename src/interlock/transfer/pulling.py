@@ -1,0 +1,219 @@
+"""A write is a read by the owner: nobody writes another's memory (DESIGN §3; hazards M3). Both sides of it.
+
+The writer names its segments and the owner's; the owner reads, into its own memory, only where the segment was registered with
+`takes_writes`, and says when it is over: outcome and release in one word. The question is repeated until then, also after the deadline:
+the writer's memory is released when the owner says so, or when another life of the owner is there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from interlock.core.errors import LocalProtocolError
+from interlock.core.limits import PIECES_PER_TRANSFER_MAX, TRANSFERS_UNDER_WAY_MAX
+from interlock.host.threads import monotonic_s
+from interlock.transfer.outcomes import Outcome, Transfer, TransferFailed
+from interlock.transfer.pieces import Part, as_rows, check_rows
+from interlock.transfer.segments import PieceRefused, RemoteSegment, Segment, SegmentTable
+from interlock.wire.identity import Identity
+from interlock.wire.transfer_messages import Pull, Pulled
+
+REPEAT_SECONDS = 0.5
+REMEMBERED_MAX = 1024
+ROW = 5
+ANY_SIZE = 1 << 62
+
+
+class Write:
+    """Made by `TransferEngine.write`; as a `Transfer`: outcome by the deadline, release when the owner reads no more."""
+
+    def __init__(self, peer: str) -> None:
+        self.peer = peer
+        loop = asyncio.get_running_loop()
+        self._outcome: asyncio.Future[Outcome] = loop.create_future()
+        self._released: asyncio.Future[None] = loop.create_future()
+
+    async def outcome(self) -> Outcome:
+        return await asyncio.shield(self._outcome)
+
+    async def release(self) -> None:
+        await asyncio.shield(self._released)
+
+    def cancel(self) -> None:
+        """The owner goes on until its own deadline; release follows then."""
+        self.decide(Outcome(False, 0, "cancelled", "it was cancelled", self.peer))
+
+    def decide(self, outcome: Outcome) -> None:
+        if not self._outcome.done():
+            self._outcome.set_result(outcome)
+
+    def let_go(self) -> None:
+        if not self._released.done():
+            self._released.set_result(None)
+
+    @property
+    def released(self) -> bool:
+        return self._released.done()
+
+
+class Writes:
+    """What this engine wants others to pull."""
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._asked: dict[tuple[str, int], tuple[Write, int]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def begin(
+        self,
+        target: RemoteSegment,
+        source: Segment,
+        pieces: Any,
+        timeout_s: float,
+        post: Callable[[Pull], None],
+        life: Callable[[], int],
+    ) -> Write:
+        """`pieces`: rows of (remote offset, local offset, bytes). Raises `LocalProtocolError`."""
+        if not target.takes_writes:
+            raise LocalProtocolError(f"segment {target.number} of {target.owner} takes no writes")
+        if pieces is None:
+            pieces = [(0, 0, source.memory.size_bytes)]
+        rows = as_rows(Part(target, source.memory, pieces))
+        check_rows(rows, target, source.memory)
+        if len(rows) > PIECES_PER_TRANSFER_MAX or len(self._asked) >= TRANSFERS_UNDER_WAY_MAX:
+            raise LocalProtocolError("too many pieces, or too many writes under way")
+        packed = np.empty((len(rows), ROW), "<i8")
+        packed[:, 0], packed[:, 1] = source.remote.number, rows[:, 1]
+        packed[:, 2], packed[:, 3], packed[:, 4] = target.number, rows[:, 0], rows[:, 2]
+        self._number += 1
+        pull = Pull(self._number, target.incarnation, timeout_s, packed.tobytes())
+        write = Write(target.owner)
+        self._asked[target.owner, pull.number] = (write, target.incarnation)
+        task = asyncio.create_task(self._ask(write, pull, timeout_s, post, life))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return write
+
+    async def _ask(
+        self,
+        write: Write,
+        pull: Pull,
+        timeout_s: float,
+        post: Callable[[Pull], None],
+        life: Callable[[], int],
+    ) -> None:
+        deadline_s = monotonic_s() + timeout_s
+        try:
+            while not write.released:
+                left_s = deadline_s - monotonic_s()
+                if left_s <= 0:
+                    write.decide(
+                        Outcome(False, 0, "deadline", f"{write.peer} did not pull in time", write.peer)
+                    )
+                if life() > pull.incarnation:
+                    why = f"{write.peer} is in another life now"
+                    write.decide(Outcome(False, 0, "stale", why, write.peer))
+                    write.let_go()
+                    return
+                post(Pull(pull.number, pull.incarnation, max(0.0, left_s), pull.rows))
+                pause_s = min(REPEAT_SECONDS, left_s) if left_s > 0 else REPEAT_SECONDS
+                await asyncio.wait((write._released,), timeout=pause_s)
+        finally:
+            self._asked.pop((write.peer, pull.number), None)
+
+    def answered(self, sender: Identity, said: Pulled) -> None:
+        write, incarnation = self._asked.get((sender.name, said.number), (None, 0))
+        if write is None or incarnation != sender.incarnation:
+            return
+        write.decide(Outcome(said.ok, said.size_bytes, said.code, said.message, sender.name))
+        write.let_go()
+
+    async def close(self) -> None:
+        for write, _ in self._asked.values():
+            write.decide(Outcome(False, 0, "closed", "this engine was closed", write.peer))
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+class Pulls:
+    """What others want this engine to pull. A question that is repeated is answered again, not done again."""
+
+    def __init__(self, segments: SegmentTable, read: Callable[[str, list[Part], float], Transfer]) -> None:
+        self._segments, self._read = segments, read
+        self._done: OrderedDict[tuple[str, int, int], Pulled | None] = OrderedDict()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def asked(self, sender: Identity, said: Pull, answer: Callable[[Pulled], None]) -> None:
+        key = (sender.name, sender.incarnation, said.number)
+        if key in self._done:
+            done = self._done[key]
+            if done is not None:
+                answer(done)
+            return
+        self._done[key] = None
+        while len(self._done) > REMEMBERED_MAX:
+            self._done.popitem(last=False)
+        task = asyncio.create_task(self._pull(key, said, answer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _pull(self, key: tuple[str, int, int], said: Pull, answer: Callable[[Pulled], None]) -> None:
+        try:
+            outcome = await self._carry_out(key[0], key[1], said)
+            pulled = Pulled(said.number, outcome.ok, outcome.size_bytes, outcome.code, outcome.message[:1024])
+        except PieceRefused as refused:
+            pulled = Pulled(said.number, False, 0, refused.code, refused.message)
+        except (LocalProtocolError, TransferFailed) as error:
+            pulled = Pulled(said.number, False, 0, "refused", str(error))
+        self._done[key] = pulled
+        answer(pulled)
+
+    async def _carry_out(self, sender: str, incarnation: int, said: Pull) -> Outcome:
+        if not said.rows or len(said.rows) % (8 * ROW):
+            raise PieceRefused("refused", "the rows of this write are none")
+        rows = np.frombuffer(said.rows, "<i8").reshape(-1, ROW)
+        parts, used = [], []
+        for number in np.unique(rows[:, 2]):
+            segment = self._segments.get(int(number))
+            if said.incarnation != self._segments.incarnation or segment is None:
+                raise PieceRefused("stale", f"segment {number} is not of this life, or is not registered")
+            if not segment.remote.takes_writes:
+                raise PieceRefused("refused", f"segment {number} takes no writes")
+            mine = rows[rows[:, 2] == number]
+            for theirs in np.unique(mine[:, 0]):
+                those = mine[mine[:, 0] == theirs]
+                source = RemoteSegment(sender, incarnation, int(theirs), ANY_SIZE)
+                parts.append(Part(source, segment.memory, those[:, [1, 3, 4]]))
+            used.append(segment)
+        transfer = self._read(sender, parts, said.seconds)
+        holder = _Holder(transfer)
+        if not self._segments.hold(used, holder):
+            transfer.cancel()
+        try:
+            await transfer.release()
+            return await transfer.outcome()
+        finally:
+            transfer.cancel()
+            await asyncio.shield(transfer.release())
+            self._segments.let_go(used, holder)
+
+    async def close(self) -> None:
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+class _Holder:
+    """A pull into a segment: it ends when the segment is wanted back."""
+
+    def __init__(self, transfer: Transfer) -> None:
+        self._transfer = transfer
+
+    def end(self, reason: str) -> None:
+        self._transfer.fail("revoked", reason)

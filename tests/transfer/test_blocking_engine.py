@@ -1,0 +1,103 @@
+"""The synchronous face: reads carried by the calling thread, by many threads at once, and their deadlines."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from interlock.host.real import RealHost
+from interlock.membership.directory import StaticDirectory
+from interlock.transfer.blocking import BlockingTransferEngine
+from interlock.transfer.engine import LaneOptions, Part, TransferEngine, TransferFailed
+from interlock.transfer.segments import RemoteSegment
+from interlock.wire.identity import Identity
+
+from .conftest import Bytes, random_bytes
+
+Pair = tuple[BlockingTransferEngine, BlockingTransferEngine, Bytes]
+
+
+@pytest.fixture(params=["tcp", "shm"])
+def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pair]:
+    tmp_path.chmod(0o700)
+    host = RealHost()
+    addresses = {name: f"unix:{tmp_path}/{name}.sock" for name in "ab"}
+
+    def engine(name: str) -> BlockingTransferEngine:
+        return BlockingTransferEngine(
+            lambda: TransferEngine(
+                host,
+                Identity(name, 1, os.urandom(8)),
+                addresses[name],
+                directory=StaticDirectory(addresses),
+                lanes=LaneOptions(kinds=(request.param,)),
+            )
+        )
+
+    source = random_bytes(8 << 20)
+    with engine("a") as a, engine("b") as b:
+        b.register(source, "kv", takes_writes=True)
+        yield a, b, source
+    host.close()
+
+
+def test_a_read_returns_at_its_release_with_the_bytes(pair: Pair) -> None:
+    a, _, source = pair
+    (segment,) = a.segments_of("b", "kv", 5)
+    here = np.zeros(len(source), np.uint8)
+    for _ in range(3):
+        here[:] = 0
+        assert a.read([Part(segment, here)], 5).size_bytes == len(source)
+        assert (here == source).all()
+
+
+def test_many_threads_read_at_once_and_each_gets_its_own(pair: Pair) -> None:
+    a, _, source = pair
+    (segment,) = a.segments_of("b", "kv", 5)
+    wrong: list[int] = []
+
+    def work(number: int) -> None:
+        here = np.zeros(64 * 1024, np.uint8)
+        at = number * 64 * 1024
+        for _ in range(20):
+            here[:] = 0
+            a.read([Part(segment, here, [(at, 0, 64 * 1024)])], 10)
+            if not (here == source[at : at + 64 * 1024]).all():
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads)
+    assert not wrong
+
+
+def test_a_failed_read_raises_by_name_and_the_next_works(pair: Pair) -> None:
+    a, _, source = pair
+    (segment,) = a.segments_of("b", "kv", 5)
+    here = np.zeros(10, np.uint8)
+    with pytest.raises(TransferFailed) as refused:
+        a.read([Part(RemoteSegment("b", 1, segment.number + 1, 10), here)], 5)
+    assert refused.value.code == "revoked"
+    with pytest.raises(TransferFailed, match="no address of nobody"):
+        a.open("nobody", 1)
+    a.read([Part(segment, here, [(5, 0, 10)])], 5)
+    assert (here == source[5:15]).all()
+
+
+def test_writes_and_notices_pass_through_the_loop(pair: Pair) -> None:
+    a, b, source = pair
+    (segment,) = a.segments_of("b", "kv", 5)
+    mine = a.register(random_bytes(1000, 9))
+    assert a.write(segment, mine, [(100, 0, 1000)], 5).size_bytes == 1000
+    assert (source[100:1100] == random_bytes(1000, 9)).all()
+    a.notify("b", b"done", 5)
+    assert b.next_notice(5).payload == b"done"
+    assert a.ping("b", 5) > 0
