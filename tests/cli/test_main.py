@@ -109,7 +109,7 @@ def test_ranks_never_get_more_threads_than_there_are_cores_to_spare(
             model=Path(checkpoint),
             architecture="x",
             served_name="x",
-            engines=engines,
+            kinds=["vllm"] * engines,
             tensor_parallel=tensor_parallel,
             host="127.0.0.1",
             port=1,
