@@ -33,7 +33,7 @@ def save(shelf: Shelf, layout: int, keys: list[bytes]) -> int:
     parents = [b"", *keys[:-1]]
     slots = shelf.take_slots(layout, parents)
     for key, parent, slot in zip(keys, parents, slots, strict=False):
-        shelf.publish(Block(key, parent, layout, slot, (1,)))
+        shelf.publish(Block(key, parent, layout, slot, bytes(8)))
         shelf.release(layout, parent)
     return len(slots)
 

@@ -64,12 +64,17 @@ def test_wrong_kinds_are_one_sentence(
     assert words in capsys.readouterr().err
 
 
-def test_each_engine_gets_its_own_kind_and_all_get_one_cache(tmp_path: Path) -> None:
+def checkpoint(tmp_path: Path) -> Path:
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "num_attention_heads": 8}')
     (model / "model.safetensors").write_bytes(b"")
     (model / "tokenizer.json").write_text("{}")
+    return model
+
+
+def test_each_engine_gets_its_own_kind_and_all_get_one_cache(tmp_path: Path) -> None:
+    model = checkpoint(tmp_path)
     words = ["serve", str(model), "--engine", "vllm:1,transformers:1", "--port", str(free_port())]
     found = serving.check(make_parser().parse_args(words), ["--max-model-len", "512"])
     run = tmp_path / "run"
@@ -86,3 +91,52 @@ def test_each_engine_gets_its_own_kind_and_all_get_one_cache(tmp_path: Path) -> 
     assert vllm["model_id"] == ours["model_id"] == "sha256:x"
     assert vllm["state_dir"] != ours["state_dir"]
     assert all(c["runner"]["weights"] == str(model) for c in configs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "gib"),
+    [
+        ([], 0.0),
+        (["--engine", "transformers"], 2.0),
+        (["--engine", "vllm:1,transformers:1"], 2.0),
+        (["--engine", "transformers", "--tp", "2"], 0.0),
+        (["--engine", "transformers", "--snapshots-gib", "0"], 0.0),
+        (["--engine", "transformers", "--tp", "2", "--snapshots-gib", "0"], 0.0),
+        (["--engine", "transformers", "--snapshots-gib", "0.5"], 0.5),
+    ],
+)
+def test_the_plan_carries_boundary_snapshots_to_each_transformers_engine_that_can_take_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], gib: float
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    port = free_port()
+    words = ["serve", str(checkpoint(tmp_path)), "--port", str(port), *arguments]
+    found = serving.check(make_parser().parse_args(words), [])
+    run = tmp_path / "run"
+    run.mkdir()
+    for index, part in enumerate(serving.make_plan(found, run, "sha256:x").engines):
+        config = msgspec.json.decode(part.config)["transformers"]
+        if config is None:
+            continue
+        if not gib:
+            assert config["snapshots"] is None
+            continue
+        assert config["snapshots"] == str(tmp_path / f"cache/interlock/snapshots/{port}/engine-{index}")
+        assert config["snapshot_bytes"] == int(gib * (1 << 30))
+        assert config["snapshot_blocks"] == serving.SNAPSHOT_BLOCKS
+    assert found.snapshot_bytes == int(gib * (1 << 30))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--snapshots-gib", "1"], "for Transformers engines, and none is asked for"),
+        (["--engine", "transformers", "--tp", "2", "--snapshots-gib", "1"], "engines of one rank"),
+        (["--engine", "transformers", "--snapshots-gib", "-1"], "not a number of GiB"),
+    ],
+)
+def test_snapshots_that_cannot_be_are_one_sentence(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    assert main(["serve", *arguments]) == 2
+    assert words in capsys.readouterr().err

@@ -30,7 +30,7 @@ PROGRAM = (
     "import asyncio, sys; from pathlib import Path; from interlock.host.real import RealHost; "
     "from interlock.store.main import StoreConfig, run_node; "
     "asyncio.run(run_node(RealHost(), StoreConfig(address=sys.argv[1], state_dir=Path(sys.argv[2]), "
-    "slab_bytes=int(sys.argv[3]))))"
+    "slab_bytes=int(sys.argv[3]), disk=Path(sys.argv[4]) if sys.argv[4] else None, disk_bytes=1 << 29)))"
 )
 
 
@@ -54,8 +54,8 @@ def eventually(condition: Callable[[], Any], what: str) -> Any:
 class Store:
     """A node as the supervisor starts it; ends with this process's end of the pipe."""
 
-    def __init__(self, directory: Path, slab_bytes: int = 256 << 20) -> None:
-        self.directory, self._slab_bytes = directory, slab_bytes
+    def __init__(self, directory: Path, slab_bytes: int = 256 << 20, disk: Path | None = None) -> None:
+        self.directory, self._slab_bytes, self._disk = directory, slab_bytes, disk
         self.address = f"unix:{directory}/store.sock"
         self._state = directory / "node"
         self._state.mkdir(mode=0o700, exist_ok=True)
@@ -64,7 +64,15 @@ class Store:
     def start(self) -> None:
         read_fd, self._write_fd = os.pipe()
         self.process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, self.address, str(self._state), str(self._slab_bytes)],
+            [
+                sys.executable,
+                "-c",
+                PROGRAM,
+                self.address,
+                str(self._state),
+                str(self._slab_bytes),
+                str(self._disk or ""),
+            ],
             env={**os.environ, "INTERLOCK_PARENT_FD": str(read_fd)},
             pass_fds=(read_fd,),
         )

@@ -17,7 +17,7 @@ from interlock.wire.store_messages import Location
 
 
 def task(attempt: int, blocks: int = 2) -> LoadTask:
-    locations = [Location(n, [1]) for n in range(blocks)]
+    locations = [Location(n, bytes(8)) for n in range(blocks)]
     return LoadTask(
         f"r{attempt}", attempt, [bytes(32)] * blocks, MatchResult(7, locations), [10, 11][:blocks]
     )
@@ -102,7 +102,7 @@ def test_a_mover_that_raises_fails_every_block_and_the_next_load_goes_on(
 
 
 def test_a_load_from_another_slab_than_ours_touches_nothing(loader: Loader) -> None:
-    elsewhere = LoadTask("r", 1, [bytes(32)], MatchResult(8, [Location(0, [1])]), [10])
+    elsewhere = LoadTask("r", 1, [bytes(32)], MatchResult(8, [Location(0, bytes(8))]), [10])
     loader.submit(elsewhere)
     (loaded,) = loader.take(wait_s=10)
     assert (loaded.outcomes, loaded.why) == ([LATE], "load_slab_gone")

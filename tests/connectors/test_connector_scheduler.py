@@ -43,7 +43,7 @@ class ScriptedStore:
         for n, key in enumerate(keys):
             if key not in self.present:
                 break
-            locations.append(Location(100 + n, [1, 2]))
+            locations.append(Location(100 + n, bytes(16)))
         return MatchResult(SLAB, locations)
 
     def start_write(

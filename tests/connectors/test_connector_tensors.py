@@ -17,6 +17,7 @@ from interlock.core import joins
 from interlock.core.joins import JoinName
 from interlock.core.layouts import KVLayout, cuts_of
 from interlock.core.limits import SLOT_GRAIN_BYTES
+from interlock.core.packed_sums import pack_sums
 from interlock.host.memory import create_memory
 from interlock.store.mapping import MappedSlab
 from interlock.store.rank_slots import FOREIGN, GOOD, LATE, MISMATCH, runs
@@ -85,7 +86,7 @@ def save(memory: MappedSlab, full: torch.Tensor, ranks: int, *, apart: bool = Fa
         found = stored(mover(layers, rank, ranks), memory, KEYS, SLOTS, FROM)
         for mine, whole in zip(found, sums, strict=True):
             whole += mine
-    return [Location(slot, tuple_) for slot, tuple_ in zip(SLOTS, sums, strict=True)]
+    return [Location(slot, pack_sums(tuple_)) for slot, tuple_ in zip(SLOTS, sums, strict=True)]
 
 
 @pytest.mark.parametrize("saving", [1, 2, 4])
@@ -168,7 +169,7 @@ def test_bfloat16_survives_the_way_through_a_slot() -> None:
     layers = list(full.contiguous())
     sums = stored(CpuMover(KVBlocks(layers, layout, 4), layout, 0), memory, KEYS, SLOTS, FROM)
     into = [torch.zeros_like(layer) for layer in layers]
-    locations = [Location(slot, one) for slot, one in zip(SLOTS, sums, strict=True)]
+    locations = [Location(slot, pack_sums(one)) for slot, one in zip(SLOTS, sums, strict=True)]
     assert (
         CpuMover(KVBlocks(into, layout, 4), layout, 0).load(memory, KEYS, locations, INTO, lambda: True)
         == [GOOD] * 5
@@ -269,7 +270,7 @@ def grid_save(memory: MappedSlab, full: torch.Tensor, engine: EngineShape) -> li
         state, effects = joins.transition(state, event)
     (completed,) = effects
     return [
-        Location(slot, list(sums), list(layout.cuts))
+        Location(slot, pack_sums(sums), list(layout.cuts))
         for slot, sums in zip(SLOTS, completed.checksums, strict=True)
     ]
 
@@ -319,7 +320,7 @@ def test_a_stage_does_not_mind_a_flipped_byte_in_layers_that_nobody_cut_apart_fr
 
 def test_cuts_that_are_none_of_this_model_are_refused_before_anything_is_read() -> None:
     memory, full = slab(), global_kv()
-    locations = [Location(one.slot, one.checksums, [7]) for one in grid_save(memory, full, grid(1, 1))]
+    locations = [Location(one.slot, one.sums, [7]) for one in grid_save(memory, full, grid(1, 1))]
     layers = part(torch.zeros_like(full), (0, 3), (0, 4))
     with pytest.raises(ValueError, match="none of 3 layers"):
         grid_mover(grid(1, 1), 0, layers).load(memory, KEYS, locations, INTO, lambda: True)
@@ -337,7 +338,7 @@ def test_scales_lie_behind_their_layer_are_summed_up_with_it_and_come_back_with_
     memory, full = slab(layout=FP8), quantised()
     saver = grid_mover(grid(1, 1, FP8), 0, list(full), scales=SCALES)
     sums = stored(saver, memory, KEYS, SLOTS, FROM)
-    locations = [Location(slot, one) for slot, one in zip(SLOTS, sums, strict=True)]
+    locations = [Location(slot, pack_sums(one)) for slot, one in zip(SLOTS, sums, strict=True)]
     block = np.frombuffer(memory.block(SLOTS[0]), dtype=np.uint8).reshape(4, 3, FP8.layer_bytes)
     assert block[2, 1, -8:].view(np.float32).tolist() == SCALES[1]
     assert bytes(block[2, 1, :-8]) == full[1, FROM[0], 2].numpy().tobytes()
@@ -355,7 +356,7 @@ def test_scales_lie_behind_their_layer_are_summed_up_with_it_and_come_back_with_
 def test_bytes_that_were_quantised_with_other_scales_are_left_alone_and_not_called_broken() -> None:
     memory, full = slab(layout=FP8), quantised()
     sums = stored(grid_mover(grid(1, 1, FP8), 0, list(full), scales=SCALES), memory, KEYS, SLOTS, FROM)
-    locations = [Location(slot, one) for slot, one in zip(SLOTS, sums, strict=True)]
+    locations = [Location(slot, pack_sums(one)) for slot, one in zip(SLOTS, sums, strict=True)]
     layers = list(torch.zeros_like(full))
     other = grid_mover(grid(1, 1, FP8), 0, layers, scales=[[0.5, 2.0], [1.0, 1.5], [0.25, 3.0]])
     assert other.load(memory, KEYS, locations, INTO, lambda: True) == [FOREIGN] * 5
@@ -386,7 +387,7 @@ def test_a_latent_cache_is_written_by_one_rank_and_read_by_all(headless: bool) -
             for mine, whole in zip(stored(one, memory, KEYS, SLOTS, FROM), sums, strict=True):
                 whole += mine
     assert [rank for rank in range(8) if engine.writes(rank)] == [0, 4]
-    locations = [Location(slot, one, [2]) for slot, one in zip(SLOTS, sums, strict=True)]
+    locations = [Location(slot, pack_sums(one), [2]) for slot, one in zip(SLOTS, sums, strict=True)]
     for reader, rank in ((grid(1, 1, layout), 0), (grid(1, 4, layout), 3), (engine, 6)):
         empty = torch.zeros_like(full)[slice(*reader.stage_of(rank))]
         one = grid_mover(reader, rank, shaped(empty))

@@ -14,7 +14,7 @@ TOKENS = st.lists(st.integers(0, 2**32 - 1), max_size=40)
 
 
 def block(key: bytes, slot: int = 0) -> Block:
-    return Block(key, b"", 0, slot, ())
+    return Block(key, b"", 0, slot, b"")
 
 
 @given(TOKENS, st.integers(1, 5))

@@ -168,12 +168,13 @@ def test_a_program_killed_in_the_middle_of_a_put_leaves_no_slot_behind(rig: Any,
     program = (
         "import sys, numpy as np, msgspec\n"
         "from interlock.core.layouts import KVLayout\n"
+        "from interlock.store import putting\n"
         "from interlock.store.api import Store\n"
         "layout = msgspec.json.decode(sys.argv[2], type=KVLayout)\n"
         "store = Store.open(sys.argv[1], layout)\n"
         "def stop(*_):\n"
         "    print('copying', flush=True); sys.stdin.read()\n"
-        "store._sums = stop\n"
+        "putting.block_checksums = stop\n"
         "store.put([bytes([i]) * 32 for i in range(8)], np.zeros((8, layout.block_bytes), np.uint8))\n"
     )
     import msgspec
@@ -205,7 +206,7 @@ def test_a_failure_in_the_copy_lets_go_of_the_slots_at_once(
     def fail(*_: Any) -> list[int]:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(store, "_sums", fail)
+    monkeypatch.setattr("interlock.store.putting.block_checksums", fail)
     with pytest.raises(KeyboardInterrupt):
         store.put(tools.make_keys(3)[0], blocks(tools.LAYOUT, 3))
     assert node.slots() == {"free": 4, "writing": 0, "published": 0, "quarantined": 0}

@@ -78,7 +78,7 @@ def test_the_same_bytes_saved_again_elsewhere_do_not_pass_for_the_first_slot(rig
     tools.save(scheduler, [rank], "s", keys[:1], parents[:1])
     match = scheduler.match(keys[:1])
     swapped = type(match)(
-        match.slab, [type(match.locations[0])(match.locations[0].slot + 1, match.locations[0].checksums)]
+        match.slab, [type(match.locations[0])(match.locations[0].slot + 1, match.locations[0].sums)]
     )
     tools.save(scheduler, [rank], "t", keys[1:], parents[1:], fill=1)
     assert rank.read(match, keys) == [1]

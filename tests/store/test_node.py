@@ -55,7 +55,7 @@ def test_a_report_that_overtakes_its_start_is_kept_and_merged(rig: Any, tools: A
     assert scheduler.match(keys).locations == []
     late.report(grant, [True], [[3, 4]])
     assert late.delivered(tools.PATIENCE_S)
-    assert scheduler.match(keys).locations[0].checksums == [1, 2, 3, 4]
+    assert scheduler.match(keys).locations[0].checksums == (1, 2, 3, 4)
     assert node.slots()["writing"] == node.slots()["quarantined"] == 0
 
 

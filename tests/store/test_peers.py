@@ -32,7 +32,15 @@ def keys_of(start: int, count: int) -> list[bytes]:
 class Host:
     """A node with its engine, as one host would have them."""
 
-    def __init__(self, name: str, life: int, directory: Path, addresses: StaticDirectory) -> None:
+    def __init__(
+        self,
+        name: str,
+        life: int,
+        directory: Path,
+        addresses: StaticDirectory,
+        quotas: dict[str, int] | None = None,
+    ) -> None:
+        self.quotas = quotas
         self.name, self.host = name, RealHost()
         self.me = Identity(name, life, f"{name}{life}".encode())
         self.memory = self.host.create_memory("test-slab", SLOTS * LAYOUT.block_bytes)
@@ -54,7 +62,15 @@ class Host:
     async def start(self, others: list[str]) -> None:
         await self.engine.start()
         self.addresses.update(self.name, self.engine.address)
-        self.node = Node(self.host, self.me, self.memory, self.slab, tick_s=0.02, peers=(self.engine, others))
+        self.node = Node(
+            self.host,
+            self.me,
+            self.memory,
+            self.slab,
+            tick_s=0.02,
+            quotas=self.quotas,
+            peers=(self.engine, others),
+        )
         address = f"unix:{self.path}/store.sock"
         await self.node.start(address)
         me = passing_identity(self.host, "client")
@@ -62,12 +78,12 @@ class Host:
             self.host, address, me=me, role="test", accept=NodeMessage, deadline_s=5
         )
 
-    def save(self, keys: list[bytes], fill: int) -> None:
+    def save(self, keys: list[bytes], fill: int, tenant: str = "") -> None:
         """Published as a rank's save would be, without the rank."""
         store = self.node.store
         parents = [b"", *keys[:-1]]
         number = store.layout(LAYOUT)
-        for key, slot in zip(keys, store.begin_promotion(number, keys, parents), strict=True):
+        for key, slot in zip(keys, store.begin_promotion(number, keys, parents, tenant), strict=True):
             data = bytes((fill + slot + i) % 251 for i in range(LAYOUT.block_bytes))
             start = slot * 4096
             self.memory.view[start : start + LAYOUT.block_bytes] = data
@@ -136,6 +152,27 @@ async def test_a_block_of_another_host_is_served_here_with_the_bytes_it_was_save
         size = LAYOUT.block_bytes
         assert other.memory.view[begin : begin + size] == one.memory.view[origin : origin + size]
     assert other.node.peers.stats()["interlock_store_peers_promoted_blocks_total"] == 8
+
+
+async def test_a_peers_block_counts_here_for_the_tenant_that_stored_it_there(tmp_path: Path) -> None:
+    addresses = StaticDirectory()
+    one = Host("one", 1, tmp_path, addresses)
+    quotas = {"ann": 2 * LAYOUT.block_bytes, "out": 0}
+    other = Host("two", 1, tmp_path, addresses, quotas)
+    await one.start(["two"])
+    await other.start(["one"])
+    ann, bob, out = keys_of(0, 4), keys_of(1000, 3), keys_of(2000, 2)
+    one.save(ann, 1, "ann")
+    one.save(bob, 2, "bob")
+    one.save(out, 3, "out")
+    await known(other, [*ann, *bob, *out])
+    assert [len(await other.match_all(keys)) for keys in (ann, bob, out)] == [2, 3, 0]
+    orders = other.node.store.shelf.orders
+    used = {tenant: orders.used_bytes(tenant) // LAYOUT.block_bytes for tenant in ("ann", "bob", "out", "")}
+    assert used == {"ann": 2, "bob": 3, "out": 0, "": 0}
+    assert all(other.node.store.shelf.get(key).tenant == "bob" for key in bob)
+    await one.close()
+    await other.close()
 
 
 async def test_two_nodes_read_from_each_other_at_once(two: tuple[Host, Host]) -> None:

@@ -278,7 +278,7 @@ async def test_engines_over_tcp_need_the_token_and_close_without_a_trace(
     b = await yard.make("b", address="tcp:127.0.0.1:0")
     await asyncio.gather(a.open("b", timeout_s=5), b.open("a", timeout_s=5))
     stranger = await yard.make("stranger", address="tcp:127.0.0.1:0")
-    stranger._token = b"another"
+    stranger._meeting._token = b"another"
     with pytest.raises(TransferFailed):
         await stranger.open("a", timeout_s=0.3)
     assert not a.is_connected("stranger")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from interlock.cli import store_peers
 from interlock.cli.errors import Failure, Usage
 
 if TYPE_CHECKING:
@@ -30,14 +31,14 @@ def add_parser(commands: Any) -> None:
     run_node = verbs.add_parser("run", help="serve a shared KV cache until Ctrl-C")
     ls = verbs.add_parser(
         "ls",
-        help="list the blocks in RAM",
-        description="One line a block: key, parent, slot, bytes, tokens, tenant, and 'pinned' where it is.",
+        help="list the blocks in RAM (not those on disk)",
+        description="Looks at the node's RAM only: a block that is on its disk alone is not listed. One line a block: key, parent, slot, bytes, tokens, tenant, and 'pinned' where it is.",
     )
     stats = verbs.add_parser("stats", help="print the node's counters, and what each tenant uses")
     verify = verbs.add_parser(
         "verify",
-        help="check the bytes of every block in RAM",
-        description="Checks every block against the checksum its writer reported. The node forgets what fails and goes on. "
+        help="check the bytes of every block in RAM (packs on disk: verify-disk)",
+        description="Looks at the node's RAM only; `verify-disk` looks at the packs of its disk. Checks every block against the checksum its writer reported. The node forgets what fails and goes on. "
         "Status 1 when something failed.",
     )
     remove = verbs.add_parser(
@@ -59,8 +60,8 @@ def add_parser(commands: Any) -> None:
     _add_run_options(run_node)
     verify_disk = verbs.add_parser(
         "verify-disk",
-        help="read every pack of a disk tier and check it, also while a node uses it",
-        description="Changes nothing. Status 1 when something is not what was written.",
+        help="read every pack of a disk tier and check it, also while a node uses it (RAM: verify)",
+        description="Looks at the packs of a directory, not at any node's RAM (that is `verify`), and asks no node. Changes nothing. Status 1 when something is not what was written.",
     )
     verify_disk.add_argument("directory", type=Path, metavar="DIR", help="what `store run --disk` was given")
     verify_disk.add_argument("--json", action="store_true", help="JSON")
@@ -100,6 +101,7 @@ def _add_run_options(run_node: argparse.ArgumentParser) -> None:
     run_node.add_argument(
         "--kv-events-replay", metavar="ENDPOINT", help="answer there who missed some of those events"
     )
+    store_peers.add_options(run_node)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -113,11 +115,13 @@ def run(arguments: argparse.Namespace) -> int:
         _check_rm(arguments)
     if getattr(arguments, "prefix", "") and not set(arguments.prefix) <= set("0123456789abcdef"):
         raise Usage(f"--prefix {arguments.prefix} is not of hexadecimal digits (0-9, a-f)")
+    from interlock.core.errors import InterlockError
+
     try:
         if arguments.verb == "run":
             return asyncio.run(_serve(arguments))
         return asyncio.run(_ask(arguments, ASKING[arguments.verb]))
-    except (OSError, ValueError, MemoryError) as error:
+    except (OSError, ValueError, MemoryError, InterlockError) as error:
         raise Failure(f"store: {error}") from error
 
 
@@ -165,6 +169,8 @@ async def _serve(arguments: argparse.Namespace) -> int:
         end_frozen_writers=arguments.end_frozen_writers,
         kv_events=arguments.kv_events,
         kv_events_replay=arguments.kv_events_replay,
+        name=arguments.name,
+        peers=store_peers.config_of(arguments),
     )
     await run_node(RealHost(), config)
     return 0

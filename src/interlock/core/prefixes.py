@@ -20,6 +20,8 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
+from interlock.core.packed_sums import unpack_sums
+
 KEY_BYTES = 32
 NO_PARENT = b""
 """What stands for the parent of a chain's first block."""
@@ -106,15 +108,19 @@ def chain_keys(
 
 
 class Block(msgspec.Struct, frozen=True, gc=False):
-    """A published block. There are millions, and none is part of a cycle: the garbage collector need not walk them. `layout` and `slot` are the owner's words for where it lies, `checksums` those of all its heads."""
+    """A published block. There are millions, and none is part of a cycle: the garbage collector need not walk them. `layout` and `slot` are the owner's words for where it lies, `sums` the checksums of all its heads, packed (core/packed_sums)."""
 
     key: bytes
     parent: bytes
     layout: int
     slot: int
-    checksums: tuple[int, ...]
+    sums: bytes
     tenant: str = ""
     """For whom it was saved; counts against that tenant's quota."""
+
+    @property
+    def checksums(self) -> tuple[int, ...]:
+        return unpack_sums(self.sums)
 
 
 class PrefixIndex:

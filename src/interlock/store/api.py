@@ -16,67 +16,44 @@ A block that fails its check is a miss, never an error.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TypeVar
 
 import msgspec
 import numpy as np
 
 from interlock.core import limits
-from interlock.core.errors import ChannelFault, InterlockError, LocalProtocolError, RemoteProtocolError
+from interlock.core.errors import LocalProtocolError
 from interlock.core.layouts import KVLayout, Shard
 from interlock.core.prefixes import KEY_BYTES
 from interlock.host.blocking import BlockingHost
 from interlock.host.threads import Lock, monotonic_s
-from interlock.store.breaker import Breaker
+from interlock.store.asking import Asker, StoreAway, StoreError, StoreRefused
 from interlock.store.buffers import Array, Bytes, bytes_of, split
-from interlock.store.checksums import block_checksums, verify_block
-from interlock.store.keeper import Keeper, Link
-from interlock.store.mapping import MappedSlab
+from interlock.store.checksums import verify_block
+from interlock.store.keeper import Link
+from interlock.store.putting import Putter
 from interlock.wire.identity import Identity, passing_identity
 from interlock.wire.store_messages import (
-    AbortWrite,
     Attach,
     Clear,
     Done,
     GetStats,
-    Grant,
     Location,
     Match,
     Matched,
     Pin,
     Remove,
-    Report,
     StartWrite,
     Stats,
     Unpin,
     Withdraw,
-    WriteStarted,
 )
 
 SECONDS_DEFAULT = 5.0
 SESSION_BYTES_MAX = 256 * 1024 * 1024
 """One write session of a put: a larger batch is cut, so that it never waits for more of the slab than that at a time."""
 SESSION_BLOCKS_MAX = 1024
-Answer = TypeVar("Answer", Done, Matched, Stats, WriteStarted)
-
-
-class StoreError(InterlockError):
-    """What every call of `Store` may raise."""
-
-
-class StoreAway(StoreError, ConnectionError):  # noqa: N818 - what is, not that it is wrong
-    """No node answered in time. What was asked may have been done; nothing is held by it beyond this process's exit."""
-
-
-class StoreRefused(StoreError):  # noqa: N818
-    """The node will not. `code` is for programs."""
-
-    def __init__(self, code: str, message: str, *, retryable: bool) -> None:
-        super().__init__(message, retryable=retryable, code=code)
-        self.code = code
 
 
 class PutResult(msgspec.Struct, frozen=True):
@@ -118,11 +95,10 @@ class Store:
         self.layout, self.tenant, self.no_store = layout, tenant, no_store
         self._verify = verify
         self._lock = Lock()
-        self._counts: Counter[str] = Counter()
-        self._breaker = Breaker()
         self._serial = 0
-        self._address = address
-        self._keeper = Keeper(address, me, attach, token, self._count)
+        self._node = Asker(address, me, attach, token)
+        self._keeper = self._node.keeper
+        self._putter = Putter(self._node, layout, verify=verify)
 
     @classmethod
     def open(
@@ -171,8 +147,7 @@ class Store:
 
     def counts(self) -> dict[str, int]:
         """How often what happened here since `open`: `bad_blocks`, `link_broken`, `breaker_open`, …"""
-        with self._lock:
-            return dict(self._counts)
+        return self._node.counts()
 
     # --- writing -------------------------------------------------------------------------------------------------
 
@@ -197,7 +172,7 @@ class Store:
         parts = split(arrays, len(keys), self.layout.block_bytes)
         _check_keys([*keys, *([parent] if parent else [])])
         if self.no_store or no_store:
-            self._count("no_store_blocks", len(keys))
+            self._node.count("no_store_blocks", len(keys))
             return PutResult(0, 0, 0, len(keys))
         whose = self.tenant if tenant is None else tenant
         parents = [parent, *keys[:-1]]
@@ -206,70 +181,15 @@ class Store:
         for start in range(0, len(keys), step):
             part = slice(start, start + step)
             message = StartWrite(self._session(), 1, list(keys[part]), parents[part], whose, wait_s)
-            link, begun = self._begin(message, deadline_s)
+            link, begun = self._putter.begin(message, deadline_s)
             if begun is None:
                 break
-            stored += self._write(link, message, begun.grants, parts[part], deadline_s)
+            stored += self._putter.write(link, message, begun.grants, parts[part], deadline_s)
             present += begun.present
             under_way += begun.under_way
             if len(begun.grants) + begun.present + begun.under_way < len(message.keys):
                 break  # there was no room for the rest, and what comes after it hangs on it
         return PutResult(stored, present, under_way, len(keys) - stored - present - under_way)
-
-    def _begin(self, message: StartWrite, deadline_s: float) -> tuple[Link, WriteStarted | None]:
-        """None: there is no room, or none for that tenant."""
-        link = self._link()
-        try:
-            return link, self._ask(link, message, WriteStarted, deadline_s, wait_s=message.wait_s)
-        except StoreRefused as refused:
-            if refused.code in ("store_full", "tenant_not_stored"):
-                self._count(refused.code)
-                return link, None
-            raise
-        except StoreAway:
-            # The node may have given slots out in an answer that nobody hears any more.
-            self._keeper.promise(link.slab, AbortWrite(message.session, message.attempt, never_given=True))
-            raise
-
-    def _write(
-        self, link: Link, message: StartWrite, grants: list[Grant], parts: list[Bytes], deadline_s: float
-    ) -> int:
-        """Copies and reports; how many blocks are published. Whatever happens, the node hears that we let go."""
-        if not grants:
-            return 0
-        good, sums = [False] * len(grants), [[] for _ in grants]  # type: list[bool], list[list[int]]
-        try:
-            slab = _slab_of(link)
-            memory = np.frombuffer(slab.view, dtype=np.uint8)
-            for index, grant in enumerate(grants):
-                source = parts[grant.index]
-                at = slab.offset(grant.slot)
-                memory[at : at + len(source)] = source
-                sums[index] = self._sums(slab, message.keys[grant.index], grant.slot, source)
-                good[index] = True
-        finally:
-            report = Report(message.session, message.attempt, 0, link.node_incarnation, link.slab, good, sums)
-            done = self._deliver(link, report, deadline_s)
-        if not done:
-            raise StoreAway(
-                "the node did not confirm a put in time; it will be told again until this process ends",
-                retryable=True,
-            )
-        return sum(good)
-
-    def _sums(self, slab: MappedSlab, key: bytes, slot: int, source: Bytes) -> list[int]:
-        if not self._verify:
-            return [0] * (self.layout.heads * (len(self.layout.cuts) + 1))
-        return block_checksums(slab.binding(key, slot), self.layout, source.data)
-
-    def _deliver(self, link: Link, report: Report, deadline_s: float) -> bool:
-        """A report is a promise: one that gets no answer is repeated by the keeper until it is heard."""
-        try:
-            self._ask(link, report, Done, max(deadline_s, monotonic_s() + limits.STORE_LOOKUP_SECONDS_MAX))
-        except StoreAway:
-            self._keeper.promise(link.slab, report)
-            return False
-        return True
 
     # --- reading -------------------------------------------------------------------------------------------------
 
@@ -302,11 +222,11 @@ class Store:
 
     def _match(self, keys: Sequence[bytes], deadline_s: float) -> tuple[Link, list[Location]]:
         _check_keys(keys)
-        link = self._link()
+        link = self._node.link()
         found: list[Location] = []
         for start in range(0, len(keys), limits.BLOCKS_PER_CALL_MAX):
             asked = list(keys[start : start + limits.BLOCKS_PER_CALL_MAX])
-            answer = self._ask(link, Match(asked), Matched, deadline_s)
+            answer = self._node.ask(link, Match(asked), Matched, deadline_s)
             if answer.slab != link.slab:
                 raise StoreAway("the store was restarted during a look-up", retryable=True)
             found += answer.locations
@@ -318,7 +238,7 @@ class Store:
         self, link: Link, keys: Sequence[bytes], locations: Sequence[Location], parts: Sequence[Bytes]
     ) -> int:
         """Copies, then checks the copy; the number of blocks before the first that is not what was saved."""
-        slab = _slab_of(link)
+        slab = link.rank_slab
         memory = np.frombuffer(slab.view, dtype=np.uint8)
         for index, (key, location) in enumerate(zip(keys, locations, strict=False)):
             at, part = slab.offset(location.slot), parts[index]
@@ -330,7 +250,7 @@ class Store:
                 location.checksums,
                 cuts=location.cuts,
             ):
-                self._count("bad_blocks")
+                self._node.count("bad_blocks")
                 self._keeper.promise(link.slab, Withdraw([key], [location.slot]))
                 return index
         return len(locations)
@@ -343,12 +263,12 @@ class Store:
         """Keeps the longest prefix of `keys` from being evicted for so long. A pin of the same name is replaced."""
         _check_keys(keys)
         label = name or self._session()
-        done = self._say(Pin(label, list(keys), seconds), Done, timeout_s)
+        done = self._node.say(Pin(label, list(keys), seconds), Done, timeout_s)
         return Pinned(label, done.count)
 
     def unpin(self, pin: Pinned, *, timeout_s: float = SECONDS_DEFAULT) -> int:
         """How many blocks it held to the end; 0 when it had ended."""
-        return self._say(Unpin(pin.name), Done, timeout_s).count
+        return self._node.say(Unpin(pin.name), Done, timeout_s).count
 
     def remove(
         self,
@@ -360,15 +280,15 @@ class Store:
     ) -> int:
         """Forgets these blocks, or all of a tenant, or all whose key begins with these hex digits; how many there were."""
         _check_keys(keys)
-        return self._say(Remove(tenant, prefix, list(keys)), Done, timeout_s).count
+        return self._node.say(Remove(tenant, prefix, list(keys)), Done, timeout_s).count
 
     def clear(self, *, timeout_s: float = SECONDS_DEFAULT) -> int:
         """Forgets every block that was published before; how many."""
-        return self._say(Clear(), Done, timeout_s).count
+        return self._node.say(Clear(), Done, timeout_s).count
 
     def stats(self, *, timeout_s: float = SECONDS_DEFAULT) -> dict[str, float]:
         """The node's counters and gauges by metric name."""
-        return dict(self._say(GetStats(), Stats, timeout_s).values)
+        return dict(self._node.say(GetStats(), Stats, timeout_s).values)
 
     # --- inside --------------------------------------------------------------------------------------------------
 
@@ -376,66 +296,6 @@ class Store:
         with self._lock:
             self._serial += 1
             return f"put-{self._serial}"
-
-    def _link(self) -> Link:
-        """Raises `StoreAway`, at once, while nobody is attached or the breaker is open."""
-        link = self._keeper.link
-        if link is None:
-            self._keeper.start()
-            self._count("not_attached")
-            raise StoreAway(
-                f"not attached to the store at {self._address}: {self._keeper.last_error}", retryable=True
-            )
-        with self._lock:
-            if not self._breaker.admits(monotonic_s()):
-                self._counts["breaker_open"] += 1
-                raise StoreAway(
-                    f"the store at {self._address} did not answer the last {limits.BREAKER_FAILURES_MAX} questions",
-                    retryable=True,
-                    hint=f"it is asked again every {limits.BREAKER_PROBE_SECONDS:.0f} s",
-                )
-        return link
-
-    def _say(self, body: msgspec.Struct, kind: type[Answer], timeout_s: float) -> Answer:
-        return self._ask(self._link(), body, kind, monotonic_s() + timeout_s)
-
-    def _ask(
-        self, link: Link, body: msgspec.Struct, kind: type[Answer], deadline_s: float, *, wait_s: float = 0.0
-    ) -> Answer:
-        """The node's answer. Raises `StoreAway`, `StoreRefused`, `RemoteProtocolError`."""
-        word = type(body).__name__
-        left_s = deadline_s + wait_s - monotonic_s()
-        try:
-            answer = link.lookups.request(body, max(0.0, left_s))
-        except ChannelFault as fault:
-            raise StoreRefused(fault.code, fault.message, retryable=fault.retryable) from fault
-        except TimeoutError as error:
-            with self._lock:
-                self._breaker.failed(monotonic_s())
-            if link.lookups.closed is not None:
-                self._keeper.broken(link, error)
-            raise StoreAway(f"the store did not answer {word} in time", retryable=True) from error
-        except LocalProtocolError:
-            raise
-        except (InterlockError, OSError) as error:
-            self._keeper.broken(link, error)
-            raise StoreAway(
-                f"the connection to the store broke during {word}: {error}", retryable=True
-            ) from error
-        with self._lock:
-            self._breaker.answered()
-        if not isinstance(answer, kind):
-            raise RemoteProtocolError(f"the store answered {word} with {type(answer).__name__}")
-        return answer
-
-    def _count(self, word: str, by: int = 1) -> None:
-        with self._lock:
-            self._counts[word] += by
-
-
-def _slab_of(link: Link) -> MappedSlab:
-    assert link.mapped is not None, "a rank's link maps the slab"
-    return link.mapped
 
 
 def _check_keys(keys: Sequence[bytes]) -> None:

@@ -25,6 +25,7 @@ from interlock.core.limits import (
     TENANTS_WITH_QUOTA_MAX,
     WRITE_SESSIONS_PER_ENGINE_MAX,
 )
+from interlock.core.packed_sums import pack_sums
 from interlock.core.prefixes import KEY_BYTES, Block
 from interlock.core.session_book import SessionBook
 from interlock.core.sessions import SlabName
@@ -281,9 +282,14 @@ class BlockStore:
     ) -> list[int]:
         """A slot for each of the first keys, as far as there is room, written by nobody but the caller.
 
-        Every slot is given back by `end_promotion`. Keys that are here or under way are the caller's defect.
+        They count for `tenant`, who stored them; none when a write of his would be refused. Every slot is given back by
+        `end_promotion`. Keys that are here or under way are the caller's defect.
         """
         assert not any(self.under_way(key) or key in self.shelf for key in keys)
+        try:
+            self._check_tenant(tenant)
+        except Refusal:
+            return []
         slots = self.shelf.take_slots(layout, parents, tenant)
         for key, parent, slot in zip(keys, parents, slots, strict=False):
             self._promoting[key] = (parent, layout, slot, tenant)
@@ -295,7 +301,7 @@ class BlockStore:
         if checksums is None:
             self.shelf.free(slot)
         else:
-            self.shelf.publish(Block(key, parent, layout, slot, tuple(checksums), tenant))
+            self.shelf.publish(Block(key, parent, layout, slot, pack_sums(checksums), tenant))
             self.counters["promoted"] += 1
         self.shelf.release(layout, parent, tenant)
 
@@ -436,7 +442,7 @@ class BlockStore:
     def _publish(self, effect: sessions.Publish) -> None:
         parent, layout, tenant = self._writing[effect.key]
         assert effect.key not in self.shelf, "a key under way was published by somebody else"
-        block = Block(effect.key, parent, layout, effect.slot, effect.checksums, tenant)
+        block = Block(effect.key, parent, layout, effect.slot, pack_sums(effect.checksums), tenant)
         self.shelf.publish(block)
         self.counters["published"] += 1
         self.on_publish(block)

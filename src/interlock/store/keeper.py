@@ -49,6 +49,12 @@ class Link(msgspec.Struct, frozen=True, eq=False):
     slab: int
     mapped: MappedSlab | None
 
+    @property
+    def rank_slab(self) -> MappedSlab:
+        """The slab, of a link that a rank has: only a scheduler's maps none."""
+        assert self.mapped is not None, "a rank's link maps the slab"
+        return self.mapped
+
     def close(self) -> None:
         self.lookups.close()
         self.deliveries.close()

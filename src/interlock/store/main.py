@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import signal
@@ -17,6 +18,7 @@ from interlock.host.base import Host
 from interlock.host.processes import parent_gone
 from interlock.host.publisher import Publisher
 from interlock.store.node import DiskConfig, Node
+from interlock.store.peer_links import PeersConfig, peer_links
 from interlock.telemetry.events import EventLog
 from interlock.wire.identity import load_identity
 
@@ -47,6 +49,8 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Where changes of the index are published as vLLM's KV events: `tcp://127.0.0.1:PORT` or `ipc:///PATH`."""
     kv_events_replay: str | None = None
     """Where missed events can be asked for."""
+    peers: PeersConfig | None = None
+    """Other nodes, whose blocks come up from there, and where they find this one; None: it is alone."""
 
 
 def slab_number(name: str, incarnation: int) -> int:
@@ -58,7 +62,8 @@ def slab_number(name: str, incarnation: int) -> int:
 async def run_node(host: Host, config: StoreConfig) -> None:
     """Serves until SIGTERM or SIGINT, or until the supervisor is gone (`INTERLOCK_PARENT_FD`); removes its socket.
 
-    Raises `MemoryError` or `ValueError` when the slab cannot be had, `OSError` when the address is taken.
+    Raises `MemoryError` or `ValueError` when the slab cannot be had, `OSError` when an address is taken, `InterlockError`
+    when its identity is another's.
     """
     size = config.slab_bytes // SLOT_GRAIN_BYTES * SLOT_GRAIN_BYTES
     if not 0 < size <= SLAB_BYTES_MAX:
@@ -72,31 +77,44 @@ async def run_node(host: Host, config: StoreConfig) -> None:
                 f"{config.disk_bytes} bytes of disk are too few; give it at least {DISK_BYTES_MIN}"
             )
         disk = DiskConfig(config.disk, config.disk_bytes)
+    if config.peers is not None:
+        config.peers.check(config.name)
     host.files.make_private_dir(config.state_dir)
     publisher = None
     if config.kv_events is not None:
         publisher = Publisher(config.kv_events, config.kv_events_replay)
     me = load_identity(host, config.state_dir, config.name)
-    memory = await host.in_thread(host.create_memory, "interlock-kv", size)
-    node = Node(
-        host,
-        me,
-        memory,
-        slab_number(me.name, me.incarnation),
-        token=config.token,
-        disk=disk,
-        emit=EventLog(host.clock).emit,
-        quotas=config.quotas,
-        end_frozen_writers=config.end_frozen_writers,
-        publisher=publisher,
-    )
+    async with contextlib.AsyncExitStack() as stack:
+        peers = None
+        if config.peers is not None:
+            # What is in a slab is sealed under this life: who is told by a peer that a newer one is known must end, not rise above it.
+            me.mark_accepted()
+            peers = await stack.enter_async_context(peer_links(host, me, config.peers))
+        memory = await host.in_thread(host.create_memory, "interlock-kv", size)
+        node = Node(
+            host,
+            me,
+            memory,
+            slab_number(me.name, me.incarnation),
+            token=config.token,
+            disk=disk,
+            emit=EventLog(host.clock).emit,
+            quotas=config.quotas,
+            end_frozen_writers=config.end_frozen_writers,
+            publisher=publisher,
+            peers=peers,
+        )
+        await _serve(node, config)
+
+
+async def _serve(node: Node, config: StoreConfig) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     try:
         await node.start(config.address)
-        log.info("store %s holds %.2f GiB at %s", me.name, size / 2**30, config.address)
+        log.info("store %s holds %.2f GiB at %s", config.name, config.slab_bytes / 2**30, config.address)
         await _first(stop.wait(), parent_gone())
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -17,7 +17,7 @@ import logging
 import os
 from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 
@@ -73,8 +73,7 @@ class DiskConfig(msgspec.Struct, frozen=True):
 
 MATCHED_BYTES_MAX = limits.FRAME_BYTES_MAX // 2
 """A longer answer is cut: what does not fit is a miss."""
-_LOCATION_BYTES = 16
-_CHECKSUM_BYTES = 9
+_LOCATION_BYTES = 24
 
 
 class Node:
@@ -249,7 +248,7 @@ class Node:
         if self.peers is not None:
             coming += self.peers.promote(body.keys[len(blocks) + coming :])
         if blocks:
-            each = _LOCATION_BYTES + _CHECKSUM_BYTES * max(len(block.checksums) for block in blocks)
+            each = _LOCATION_BYTES + max(len(block.sums) for block in blocks)
             if len(blocks) > MATCHED_BYTES_MAX // each:
                 blocks, coming = blocks[: MATCHED_BYTES_MAX // each], 0
         layouts = {
@@ -258,8 +257,7 @@ class Node:
         cuts = {number: list(layout.cuts) for number, layout in layouts.items()}
         return Matched(
             self._slab,
-            # A tuple is sent as a list is; copying a thousand of them takes as long as finding them.
-            [Location(b.slot, cast("list[int]", b.checksums), cuts[b.layout]) for b in blocks],
+            [Location(b.slot, b.sums, cuts[b.layout]) for b in blocks],
             coming,
         )
 

@@ -30,7 +30,7 @@ from interlock.store.refusal import Refusal
 from interlock.transfer.engine import Part, TransferEngine
 from interlock.transfer.segments import RemoteSegment, Segment
 from interlock.wire.identity import Identity
-from interlock.wire.store_messages import BlockPage, Changes, Key, ListBlocks, WatchChanges
+from interlock.wire.store_messages import BlockPage, Changes, Key, ListBlocks, Tenant, WatchChanges
 
 STAGING_BYTES = 64 * 1024 * 1024
 READS_AT_ONCE = 2
@@ -47,13 +47,14 @@ class LocateBlocks(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=
 
 
 class PeerBlock(msgspec.Struct, frozen=True, array_like=True):
-    key: bytes
+    key: Key
     parent: bytes
     slot: int
     layout: int
     """Into `BlocksLocated.layouts`."""
     checksums: tuple[int, ...]
-    tenant: str = ""
+    tenant: Tenant = ""
+    """Who stored it there; it counts for him here, too."""
 
 
 class BlocksLocated(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -174,7 +175,7 @@ class PeerTier:
             segment.remote.size_bytes,
             [shelf.layout_of(number) for number in numbers],
             [
-                PeerBlock(b.key, b.parent, b.slot, numbers.index(b.layout), tuple(b.checksums), b.tenant)
+                PeerBlock(b.key, b.parent, b.slot, numbers.index(b.layout), b.checksums, b.tenant)
                 for b in found
             ],
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from interlock.core.layouts import KVLayout
+from interlock.core.packed_sums import pack_sums
 from interlock.core.prefixes import Block
 from interlock.core.sessions import SlabName
 from interlock.host.base import SharedMemory
@@ -39,7 +40,9 @@ class TierLife:
         self.incarnation = incarnation
         self.host = RealHost()
         self.memory: SharedMemory = self.host.create_memory("test", slots * PAGE)
-        self.store = BlockStore(SlabName(incarnation, incarnation + 1), slots * PAGE)
+        self.store = BlockStore(
+            SlabName(incarnation, incarnation + 1), slots * PAGE, quotas=more.pop("quotas", None)
+        )
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.tier = DiskTier(
             more.pop("host", self.host),
@@ -86,7 +89,9 @@ class TierLife:
             data = bytes_of(key, layout)
             self.memory.view[slot * PAGE : slot * PAGE + len(data)] = data
             binding = Binding(key, slot, self.incarnation, self.incarnation + 1)
-            block = Block(key, parent, number, slot, tuple(block_checksums(binding, layout, data)), tenant)
+            block = Block(
+                key, parent, number, slot, pack_sums(block_checksums(binding, layout, data)), tenant
+            )
             self.store.shelf.publish(block)
             self.store.shelf.release(number, parent, tenant)
             self.store.on_publish(block)
@@ -108,6 +113,12 @@ class TierLife:
             data = self.memory.view[block.slot * PAGE : block.slot * PAGE + LAYOUT.block_bytes]
             assert bytes(data) == bytes_of(block.key)
         return len(found)
+
+    async def asked_once(self, keys: list[bytes]) -> None:
+        """One look-up, and until what it asked for is here or given up."""
+        self.tier.promote(keys)
+        assert self.tier.promoter is not None
+        await asyncio.wait_for(self.tier.promoter.settled(), PATIENCE_S)
 
     async def scanned(self) -> None:
         assert self.tier.scan is not None

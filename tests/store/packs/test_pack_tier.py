@@ -222,6 +222,34 @@ async def test_a_tenant_is_deleted_from_the_disk_and_others_stay(tmp_path: Path,
         assert life.store.shelf.get(bob[0]).tenant == "bob"
 
 
+async def test_a_block_from_disk_counts_for_the_tenant_that_stored_it(tmp_path: Path, packs: Any) -> None:
+    ann, bob, out = packs.chain(4, "ann"), packs.chain(3, "bob"), packs.chain(2, "out")
+    async with packs.TierLife(tmp_path / "kv", 1) as life:
+        life.publish(ann, tenant="ann")
+        life.publish(out, tenant="out")
+        await life.save(bob, tenant="bob")
+    async with packs.TierLife(tmp_path / "kv", 2, quotas={"ann": 2 * packs.PAGE}) as life:
+        await life.scanned()
+        assert await life.load(bob) == 3
+        await life.asked_once(ann)
+        orders = life.store.shelf.orders
+        assert [orders.used_bytes(whose) // packs.PAGE for whose in ("ann", "bob", "")] == [2, 3, 0]
+        assert len(life.store.match(bob)) == 3, "who is at his quota evicted another's block"
+
+
+async def test_a_tenant_whose_quota_is_gone_gets_nothing_up_from_disk_and_leaves_no_trace(
+    tmp_path: Path, packs: Any
+) -> None:
+    out = packs.chain(2, "out")
+    async with packs.TierLife(tmp_path / "kv", 1) as life:
+        await life.save(out, tenant="out")
+    async with packs.TierLife(tmp_path / "kv", 2, quotas={"*": 0}) as life:
+        await life.scanned()
+        await life.asked_once(out)
+        assert not life.store.match(out)
+        assert not list(life.store.shelf.orders), "an order stays for a tenant that has no block"
+
+
 async def test_clear_forgets_everything_at_once_and_for_good(tmp_path: Path, packs: Any) -> None:
     keys = packs.chain(6)
     async with packs.TierLife(tmp_path / "kv", 1) as life:

@@ -26,15 +26,11 @@ import msgspec
 from interlock.connectors.vllm.config import EngineShape
 from interlock.connectors.vllm.keys import Salts
 from interlock.connectors.vllm.metadata import LoadTask, RankNews, SaveTask, StepTasks
-from interlock.core.limits import (
-    BLOCKS_PER_CALL_MAX,
-    PROMOTION_POLL_SECONDS,
-    PROMOTION_WAIT_SECONDS_MAX,
-    REQUESTS_TRACKED_MAX,
-)
+from interlock.core.limits import BLOCKS_PER_CALL_MAX, REQUESTS_TRACKED_MAX
 from interlock.host.threads import monotonic_s
 from interlock.store.client import MatchResult, StoreClient
 from interlock.store.keys import KeyChain
+from interlock.store.waiting import ComingWait
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -51,25 +47,6 @@ class Answer(msgspec.Struct, frozen=True):
         return self.first + len(self.found.locations)
 
 
-class DiskWait:
-    """How long one request has waited for blocks that come from disk: bounded over its whole life (hazards F7)."""
-
-    def __init__(self) -> None:
-        self._until_s: float | None = None
-        self._next_s = 0.0
-
-    def may_wait(self, now_s: float) -> bool:
-        """Whether it may ask once more instead of taking what there is."""
-        if self._until_s is None:
-            self._until_s = now_s + PROMOTION_WAIT_SECONDS_MAX
-        self._next_s = now_s + PROMOTION_POLL_SECONDS
-        return now_s < self._until_s
-
-    def too_early(self, now_s: float) -> bool:
-        """Whether it asked a moment ago."""
-        return now_s < self._next_s and self._until_s is not None and now_s < self._until_s
-
-
 class Tracked:
     """What the connector remembers of one live request."""
 
@@ -77,7 +54,7 @@ class Tracked:
         self.request = request
         self.chain = chain
         self.answer: Answer | None = None
-        self.waits = DiskWait()
+        self.waits = ComingWait()
         self.preemptions = 0
         self.offered = 0
         """First block of what was offered last; vLLM allocates for exactly that."""

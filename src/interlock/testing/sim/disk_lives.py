@@ -29,6 +29,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from interlock.core.layouts import KVLayout
+from interlock.core.packed_sums import pack_sums
 from interlock.core.prefixes import Block
 from interlock.core.sessions import SlabName
 from interlock.store.blocks import BlockStore
@@ -237,7 +238,7 @@ class Life:
             binding = Binding(key, slots[0], self.incarnation, self.incarnation + 7)
             data = bytes_of(key, layout)
             self.slab[slots[0] * PAGE : slots[0] * PAGE + len(data)] = data
-            block = Block(key, parent, number, slots[0], tuple(block_checksums(binding, layout, data)))
+            block = Block(key, parent, number, slots[0], pack_sums(block_checksums(binding, layout, data)))
             self.store.shelf.publish(block)
             self.store.shelf.release(number, parent)
             self.store.on_publish(block)
