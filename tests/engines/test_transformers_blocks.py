@@ -22,19 +22,22 @@ from interlock.connectors.vllm.keys import Salts
 from interlock.connectors.vllm.movers import GOOD, CpuMover
 from interlock.connectors.vllm.tensors import KVBlocks
 from interlock.core.layouts import KVLayout, heads_of_rank
+from interlock.core.limits import PROMOTION_WAIT_SECONDS_MAX
 from interlock.engines.base import Work
 from interlock.engines.random_llama import TINY, write_llama
 from interlock.engines.transformers import sharing
 from interlock.engines.transformers.block_worker import StoreWorker
 from interlock.engines.transformers.blocks import StoreScheduler
 from interlock.engines.transformers.engine import TransformersEngine
+from interlock.engines.transformers.hooks import Coming, Found
 from interlock.engines.transformers.setup import TransformersConfig
 from interlock.engines.transformers.sharing import StoreAccess
 from interlock.host.real import RealHost
-from interlock.store.client import StoreClient
+from interlock.store.client import MatchResult, StoreClient
 from interlock.store.keys import KeyChain, ModelSalt
 from interlock.testing.check_engine import Bench, Ground
 from interlock.wire.engine_messages import Sampling
+from interlock.wire.store_messages import Location
 
 PATIENCE_S = 10.0
 LAYOUT = KVLayout(layers=3, heads=4, block_tokens=8, content=32, dtype="float32")
@@ -113,6 +116,7 @@ class Fleet:
     def load(self, key: str = "b", salt: str = "t:0", blocks: int = 6) -> tuple[int, list[Any]]:
         """As the engine does it: the least of all ranks. Each rank's caches."""
         found = self.scheduler.lookup(work(key, salt), blocks)
+        assert not isinstance(found, Coming), "this store has no disk"
         if found is None:
             return 0, []
         answers = [worker.load(found.orders, found.blocks) for worker in self.workers]
@@ -313,7 +317,7 @@ def test_nothing_raises_when_the_store_is_gone(
     found = fleet.scheduler.lookup(work("i", "t:0"), 6)
     fleet.scheduler.lookup(work("j", "t:0"), 0)
     orders = fleet.scheduler.completed("j", [n + 1 for n in TOKENS], 0, 6)
-    assert found is not None
+    assert isinstance(found, Found)
     assert orders is not None
     store.kill()
     eventually(lambda: not fleet.clients[1].ready, "the rank sees that the store is gone")
@@ -395,6 +399,75 @@ async def test_a_prefix_computed_by_one_engine_is_hit_by_another_with_equal_toke
     other.same(unshared, again, "computed against loaded")
     for bench in (alone, other):
         await bench.engine.stop()
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.usefixtures("patient")
+async def test_after_a_restart_of_the_node_a_request_waits_for_its_disk_and_hits(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("interlock.store.waiting.PROMOTION_WAIT_SECONDS_MAX", PATIENCE_S)
+    folder = tmp_path_factory.mktemp("d")
+    store = Store(folder, 64 << 20, disk=folder / "disk")
+    try:
+        model = write_llama(tmp_path / "tiny", TINY, seed=7)
+        bench = await opened(engine_at(store, model, tmp_path, "waits"))
+        prompt = bench.prompt(3, 300)
+        first = await bench.answer(prompt, 16)
+        await settled(bench)
+        await asyncio.to_thread(store.close)  # in peace: what it holds goes to its disk
+        for client in clients(bench):
+            await asyncio.to_thread(eventually, lambda: not client.ready, "the engine sees that it is gone")  # noqa: B023
+        await asyncio.to_thread(store.start)
+        for client in clients(bench):
+            assert await asyncio.to_thread(client.wait_ready, PATIENCE_S), client.last_error
+        again = await bench.answer(prompt, 16)
+        assert bench.engine.counts()["asked_again"] >= 1, "a block that was still in memory needs no disk"
+        assert again.steps[-1].cached_tokens == 288
+        bench.same(first, again, "from the disk")
+        await bench.engine.stop()
+    finally:
+        await asyncio.to_thread(store.close)
+
+
+class Promising:
+    """A store client of which the first `there` keys can be read and more is always on its way."""
+
+    def __init__(self, there: int) -> None:
+        self.there, self.asked = there, 0
+
+    def start(self) -> None: ...
+
+    def match(self, keys: Sequence[bytes]) -> MatchResult:
+        self.asked += 1
+        return MatchResult(7, [Location(slot, [0]) for slot in range(self.there)], len(keys) - self.there)
+
+
+def test_a_request_waits_for_coming_blocks_no_longer_than_its_bound_in_all_its_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = 100.0
+    monkeypatch.setattr("interlock.engines.transformers.blocks.monotonic_s", lambda: now_s)
+    access = StoreAccess(
+        address="unix:/nowhere", engine="e", incarnation=1, ranks=1, salt=ModelSalt(model="m", layout=LAYOUT),
+        state_dir=str(tmp_path),
+    )  # fmt: skip
+    client = Promising(2)
+    scheduler = StoreScheduler(access, client)  # type: ignore[arg-type]
+    answer = scheduler.lookup(work("a", "t:0"), 6)
+    while isinstance(answer, Coming):
+        now_s += answer.again_s
+        answer = scheduler.lookup(work("a", "t:0"), 6)
+    assert now_s == pytest.approx(100.0 + PROMOTION_WAIT_SECONDS_MAX, abs=0.02)
+    assert answer is not None
+    assert answer.blocks == 2, "what is there is taken when the bound has passed"
+    asked = client.asked
+    assert isinstance(scheduler.lookup(work("a", "t:0"), 6), Found), (
+        "preempted, it does not begin to wait anew"
+    )
+    assert client.asked == asked + 1
+    scheduler.ended("a")
+    assert isinstance(scheduler.lookup(work("b", "t:0"), 6), Coming)
 
 
 @pytest.mark.timeout(120)

@@ -76,6 +76,10 @@ def gibibytes(text: str) -> float:
     return value
 
 
+def gibibytes_or_none(text: str) -> float:
+    return 0.0 if text in ("0", "0.0") else gibibytes(text)
+
+
 def name(text: str) -> str:
     if not 0 < len(text) <= 128 or not text.isprintable():
         raise argparse.ArgumentTypeError("a name has 1 to 128 printable characters")
@@ -141,6 +145,13 @@ def _add_serve(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     serve.add_argument(
         "--disk-gib", type=gibibytes, default=10.0, metavar="X", help="its size (default 10 GiB)"
+    )
+    serve.add_argument(
+        "--snapshots-gib",
+        type=gibibytes_or_none,
+        metavar="X",
+        help="disk of each Transformers engine for prefixes of models that cannot share the cache (hybrid, "
+        "sliding-window); kept across restarts under ~/.cache/interlock/snapshots (default 2 GiB; 0: none)",
     )
     serve.add_argument(
         "--api-key", metavar="KEY", help="asked of every client; default: $INTERLOCK_API_KEY, else none"

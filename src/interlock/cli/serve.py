@@ -30,6 +30,9 @@ GIB = 1 << 30
 RUN_DIR_BYTES_MAX = 107 - len("/v1023/") - 36
 """vLLM names its sockets by 36 characters in a folder of ours; the kernel takes 107 bytes."""
 ENGINES_DEFAULT = 2
+SNAPSHOTS_GIB_DEFAULT = 2.0
+SNAPSHOT_BLOCKS = 4
+"""Between two boundaries where a prompt can resume: with fewer a prompt is computed in more and smaller steps."""
 KINDS = {"vllm": "vLLM", "transformers": "Transformers"}
 VERSION = "0"
 """Of the weights that every engine loads at start."""
@@ -49,6 +52,8 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     store_bytes: int
     disk: Path | None = None
     disk_bytes: int = 0
+    snapshot_bytes: int = 0
+    """Of each Transformers engine; 0: no boundary snapshots."""
     api_key: str | None
     vllm_arguments: list[str]
 
@@ -86,6 +91,7 @@ def check(parsed: argparse.Namespace, vllm_arguments: list[str]) -> Asked:
     kinds = chosen_kinds(parsed.engine, parsed.engines)
     if vllm_arguments and "vllm" not in kinds:
         raise Usage("arguments after -- are for vLLM, and no vLLM engine is asked for")
+    snapshot_bytes = chosen_snapshot_bytes(parsed.snapshots_gib, kinds, parsed.tp)
     try:
         check_vllm_args(vllm_arguments)
         if parsed.model is not None:
@@ -108,6 +114,7 @@ def check(parsed: argparse.Namespace, vllm_arguments: list[str]) -> Asked:
         store_bytes=int(parsed.store_gib * GIB),
         disk=parsed.disk,
         disk_bytes=int(parsed.disk_gib * GIB) if parsed.disk is not None else 0,
+        snapshot_bytes=snapshot_bytes,
         api_key=api_key,
         vllm_arguments=vllm_arguments,
     )
@@ -139,6 +146,18 @@ def chosen_kinds(asked: list[list[tuple[str, int | None]]] | None, engines: int 
     if len(kinds) > MEMBERS_MAX:
         raise Usage(f"{len(kinds)} engines are more than the {MEMBERS_MAX} that a fleet can have")
     return kinds
+
+
+def chosen_snapshot_bytes(asked_gib: float | None, kinds: list[str], tensor_parallel: int) -> int:
+    """What each Transformers engine has for boundary snapshots. Raises `Usage`."""
+    able = "transformers" in kinds and tensor_parallel == 1
+    if asked_gib is None:
+        return int(SNAPSHOTS_GIB_DEFAULT * GIB) if able else 0
+    if asked_gib and "transformers" not in kinds:
+        raise Usage("--snapshots-gib is for Transformers engines, and none is asked for")
+    if asked_gib and not able:
+        raise Usage(f"--snapshots-gib needs engines of one rank; leave it or --tp {tensor_parallel} out")
+    return int(asked_gib * GIB)
 
 
 def _is_loopback(host: str) -> bool:
@@ -313,6 +332,13 @@ def _front_part(asked: Asked, coordinator: str, states: Path, token: Path) -> Pa
     return Part(name="front", kind="front", config=encode_config(config))
 
 
+def snapshot_folder(port: int, engine: str) -> Path:
+    """Beside the models in the cache, not in the run directory: that is memory on many machines, and goes with the fleet."""
+    from interlock.engines.demo_model import cache_folder
+
+    return cache_folder().parent / "snapshots" / str(port) / engine
+
+
 def _engine_part(asked: Asked, index: int, run: Path, coordinator: str, store: str, model_id: str) -> Part:
     from interlock.engines.main import EngineProcessConfig
     from interlock.engines.runner import RunnerConfig
@@ -332,6 +358,13 @@ def _engine_part(asked: Asked, index: int, run: Path, coordinator: str, store: s
         "log": str(run / f"{name}.log"),
     }
     vllm = asked.kinds[index] == "vllm"
+    snapshots: dict[str, Any] = {}
+    if asked.snapshot_bytes:
+        snapshots = {
+            "snapshots": str(snapshot_folder(asked.port, name)),
+            "snapshot_bytes": asked.snapshot_bytes,
+            "snapshot_blocks": SNAPSHOT_BLOCKS,
+        }
     config = EngineProcessConfig(
         runner=RunnerConfig(
             name=name,
@@ -342,7 +375,7 @@ def _engine_part(asked: Asked, index: int, run: Path, coordinator: str, store: s
             weights=str(asked.model),
         ),
         vllm=VllmConfig(**common, arguments=asked.vllm_arguments) if vllm else None,
-        transformers=None if vllm else TransformersConfig(**common),
+        transformers=None if vllm else TransformersConfig(**common, **snapshots),
         failure=run / f"{name}.failure",
         shared_memory=run / f"{name}.shm",
     )

@@ -29,6 +29,7 @@ class Kept:
         self._files: OrderedDict[str, int] = OrderedDict((file.name, file.size_bytes) for file in found)
         self._bytes = sum(self._files.values())
         self.dropped = self.failed_reads = 0
+        self._fit()  # an earlier life may have been allowed more
 
     def __contains__(self, name: object) -> bool:
         with self._changes:
@@ -53,7 +54,11 @@ class Kept:
         with self._changes:
             self._bytes += size_bytes - self._files.pop(name, 0)
             self._files[name] = size_bytes
-            dropped = []
+        self._fit()
+
+    def _fit(self) -> None:
+        dropped = []
+        with self._changes:
             while self._bytes > self._bytes_max and self._files:
                 oldest, size = self._files.popitem(last=False)
                 self._bytes -= size

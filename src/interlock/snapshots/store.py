@@ -13,7 +13,12 @@ from typing import Any
 
 import msgspec
 
-from interlock.core.limits import SNAPSHOT_CALL_SECONDS_MAX, SNAPSHOT_SCOPES_MAX, SNAPSHOT_WRITE_SECONDS_MAX
+from interlock.core.limits import (
+    SNAPSHOT_CALL_SECONDS_MAX,
+    SNAPSHOT_KEPT_BYTES_MAX,
+    SNAPSHOT_SCOPES_MAX,
+    SNAPSHOT_WRITE_SECONDS_MAX,
+)
 from interlock.core.snapshot_book import BUDGET, Amount
 from interlock.core.snapshot_events import (
     Accepted,
@@ -84,10 +89,13 @@ class SnapshotStore:
         claims: Sequence[Claim] = (),
         on_notice: Callable[[Notice], None] = _ignore,
         budget: Amount = BUDGET,
+        kept_bytes_max: int = SNAPSHOT_KEPT_BYTES_MAX,
         write_seconds_max: float = SNAPSHOT_WRITE_SECONDS_MAX,
         host: ThreadHost | None = None,
     ) -> None:
-        """Raises `DirectoryBusy` when a living process has `path`, `PermissionError`, `OSError`."""
+        """`budget` bounds what requests have, `kept_bytes_max` what was promoted.
+
+        Raises `DirectoryBusy` when a living process has `path`, `PermissionError`, `OSError`."""
         self._host = host or RealThreadHost()
         opened = open_store(self._host, path, owner, claims, budget, descriptor_room(SNAPSHOT_SCOPES_MAX))
         self._budget, self._write_seconds_max = budget, write_seconds_max
@@ -95,7 +103,7 @@ class SnapshotStore:
         self._desk.handles.update(opened.adopted)
         self._desk.requests.update(opened.requests)
         self._desk.has_trash = bool(opened.found)
-        self.kept = Kept(opened.tree, self._desk.changes)
+        self.kept = Kept(opened.tree, self._desk.changes, kept_bytes_max)
         self._writers = Writers(self._desk, write_seconds_max)
         self._reaper = Reaper(self._desk, self._writers, opened.found)
         self._next_load = 0

@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from tiny_models import Heard, Library, prompts, work
 
+from interlock.cli import serve as serving
+from interlock.cli.processes import decode_config
 from interlock.core.targets import Mode
 from interlock.engines.base import RequestState
+from interlock.engines.main import EngineProcessConfig
 from interlock.snapshots.start import Claim
 from interlock.snapshots.store import SnapshotStore
 
@@ -76,6 +80,65 @@ async def test_boundaries_survive_a_restart_and_a_damaged_one_is_computed(
     (heard,) = await third.run(work("b", prompt))
     assert heard.last.cached_tokens == 0  # type: ignore[union-attr]
     assert heard.tokens == library.greedy(family, prompt)
+
+
+async def test_what_serve_plans_hits_at_its_boundaries_and_stays_within_its_bytes(
+    bench: Any, library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine's part of the fleet's plan, encoded and decoded as for its process; the directory is made by the engine."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    library.model("gemma3")
+    asked = serving.Asked(
+        model=library.path("gemma3"), architecture="a", served_name="m", kinds=["transformers"], tensor_parallel=1,
+        host="127.0.0.1", port=8123, store_bytes=1, api_key=None, vllm_arguments=[],
+        snapshot_bytes=serving.chosen_snapshot_bytes(0.01, ["transformers"], 1),
+    )  # fmt: skip
+    part = serving.make_plan(asked, _made(tmp_path / "run"), "gemma3").engines[0]
+    planned = decode_config(part.config, EngineProcessConfig).transformers
+    assert planned is not None
+    wanted = {name: getattr(planned, name) for name in ("snapshots", "snapshot_bytes", "snapshot_blocks")}
+    made = await bench("gemma3", **wanted)
+    await made.run(work("first", LONG))
+    hooks = await settled(made)
+    (heard,) = await made.run(work("second", LONG[:70] + REST))
+    assert heard.last.cached_tokens == serving.SNAPSHOT_BLOCKS * BLOCK  # type: ignore[union-attr]
+    assert heard.tokens == library.greedy("gemma3", LONG[:70] + REST)
+    stats = hooks.store.stats()
+    assert (
+        stats.budget.disk_bytes + hooks.store.kept._bytes_max
+        == planned.snapshot_bytes
+        == int(0.01 * (1 << 30))
+    )
+    assert (tmp_path / "cache/interlock/snapshots/8123/engine-0").stat().st_mode & 0o777 == 0o700
+
+
+def _made(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+async def test_without_its_directory_an_engine_serves_and_its_chunks_stay_long(
+    bench: Any, library: Library, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    made = await bench("gemma3", snapshots=str(tmp_path / "file"), snapshot_blocks=1)
+    (heard,) = await made.run(work("first", LONG))
+    assert heard.tokens == library.greedy("gemma3", LONG)
+    assert made.loop.scheduler.limits.stop_every_blocks is None
+
+
+def test_a_lowered_bound_holds_from_the_start(tmp_path: Path) -> None:
+    store = SnapshotStore(tmp_path / "s", owner="a")
+    for number in range(4):
+        assert store.save("r", number, {"x": np.zeros(1000, np.float32)}).accepted
+    assert store.flush("r", SECONDS)
+    assert all(store.promote("r", number, f"{number:032x}") for number in range(4))
+    whole = store.kept.bytes
+    store.close(erase=True)
+    store = SnapshotStore(tmp_path / "s", owner="b", kept_bytes_max=whole // 2)
+    assert 0 < store.kept.bytes <= whole // 2
+    assert len(list((tmp_path / "s/kept").iterdir())) == len(store.kept)
+    store.close(erase=True)
 
 
 async def test_an_aborted_request_and_another_salt_reuse_nothing_wrong(

@@ -15,7 +15,7 @@ from tiny_models import Heard, Library, prompts, work
 from interlock.core.targets import Mode
 from interlock.engines.base import Work
 from interlock.engines.transformers import blocks
-from interlock.engines.transformers.hooks import Boundary, Found, Hooks, KVView
+from interlock.engines.transformers.hooks import Boundary, Coming, Found, Hooks, KVView
 
 BLOCK = 16
 PREFIX, REST, OTHER = prompts((64, 11, 21))
@@ -32,10 +32,16 @@ class Shelf:
         self.saved: list[tuple[str, int, int]] = []
         self.ended_keys: list[str] = []
         self.alive: set[str] = set()
+        self.coming: set[str] = set()
+        self.again_s = 0.005
+        self.lookups: list[str] = []
 
     # on rank 0
-    def lookup(self, work: Work, blocks_max: int) -> Found | None:
+    def lookup(self, work: Work, blocks_max: int) -> Found | Coming | None:
         self.alive.add(work.key)
+        self.lookups.append(work.key)
+        if work.key in self.coming:
+            return Coming(self.again_s)
         snapshot = not self.computer.nature.begins_from_blocks
         for count in range(blocks_max, 0, -1):
             prefixes = [tuple(work.prompt[: n * BLOCK]) for n in range(1, count + 1)]
@@ -182,3 +188,52 @@ async def test_a_request_that_lived_through_other_weights_saves_nothing(
     await made.step(60)
     assert (await listening).finish == "length"
     assert len(shelves[0].saved) == before > 0
+
+
+async def test_a_request_whose_blocks_are_coming_stops_nobody_elses_steps_and_begins_from_them(
+    bench: Any, library: Library, shelves: list[Shelf]
+) -> None:
+    made = await bench("llama", store="shelf")
+    await made.run(work("first", [*PREFIX, *REST]))
+    shelf = shelves[0]
+    shelf.coming.add("late")
+    late = asyncio.create_task(Heard().listen(made.engine.generate(work("late", [*PREFIX, *OTHER]))))
+    (other,) = await made.run(work("other", OTHER))
+    assert other.tokens == library.greedy("llama", OTHER)
+    while shelf.lookups.count("late") < 3:  # with nothing else to step it is asked for again by itself
+        await asyncio.sleep(0.001)
+    assert not late.done()
+    await made.engine.pause(Mode.KEEP)
+    shelf.coming.clear()
+    await made.engine.unpause()
+    heard = await late
+    assert heard.tokens == library.greedy("llama", [*PREFIX, *OTHER])
+    assert heard.last is not None
+    assert heard.last.cached_tokens == 64
+
+
+async def test_while_all_that_is_there_waits_for_blocks_the_engine_does_not_spin(
+    bench: Any, shelves: list[Shelf]
+) -> None:
+    made = await bench("llama", store="shelf")
+    shelf = shelves[0]
+    shelf.coming.add("late")
+    shelf.again_s = 3600.0
+    late = asyncio.create_task(Heard().listen(made.engine.generate(work("late", PREFIX))))
+    while not shelf.lookups:
+        await asyncio.sleep(0.001)
+    rounds = 0
+    step = made.loop._step
+
+    def counted() -> None:
+        nonlocal rounds
+        rounds += 1
+        step()
+
+    made.loop._step = counted
+    for _ in range(20):
+        await made.engine._ask(lambda: None)
+    assert rounds == 0
+    await made.engine.pause(Mode.ABORT)
+    assert (await late).finish == "abort"
+    assert "late" in shelf.ended_keys

@@ -102,7 +102,7 @@ def test_truncation_leaves_what_the_librarys_warpers_leave(
 
 
 def test_a_saved_generator_goes_on_where_it_was() -> None:
-    logits = logits_of(50)
+    logits = torch.zeros(50)  # flat: two generators agree forty times in a row as good as never
     undisturbed = sampler(seed=5)
     expected = [undisturbed.choose(logits.clone(), [])[0] for _ in range(40)]
     for cut in (0, 1, 17):

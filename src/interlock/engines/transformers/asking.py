@@ -67,8 +67,12 @@ class AskedThread:
     def _start(self, function: Callable[[], None]) -> None:
         self._thread = start_thread("engine steps", function)
 
-    def _may_step(self) -> bool:
+    def _seconds_to_step(self) -> float | None:
+        """Until a step may be taken, 0: now; None: not before something is asked for."""
         raise NotImplementedError
+
+    def _may_step(self) -> bool:
+        return self._seconds_to_step() == 0
 
     def _settle(self) -> None:
         """After what was asked for was done."""
@@ -88,8 +92,8 @@ class AskedThread:
         """
         while True:
             with self._changed:
-                while not self._asked and not self._ending and not self._may_step():
-                    self._changed.wait()
+                while not self._asked and not self._ending and (seconds := self._seconds_to_step()) != 0:
+                    self._changed.wait(seconds)
                 waiting = len(self._asked)
             for _ in range(waiting):
                 with self._changed:

@@ -3,7 +3,8 @@
 `StoreScheduler` decides on rank 0; `StoreWorker` (`block_worker`) moves on every rank. `hooks` says when they are called.
 Neither raises, and neither waits longer than a look-up may take.
 
-* A request is looked up once. A block whose bytes are not what was promised is withdrawn; the request goes on from the
+* A request is looked up once; again only while the store says that more is on its way from a disk or a peer, for a second of
+  its life at most (`store.waiting`), and other requests' steps go on meanwhile. A block whose bytes are not what was promised is withdrawn; the request goes on from the
   blocks before it, and saves nothing: the next one that computes them does.
 * Saved are blocks all of whose tokens are computed and accepted. What the store refused is offered again with the next.
 * The layout has every layer. A model of which not every layer can be cut by tokens is not shared.
@@ -20,15 +21,17 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from interlock.core.layouts import shard_of_rank
-from interlock.core.limits import REQUESTS_TRACKED_MAX
+from interlock.core.limits import PROMOTION_POLL_SECONDS, REQUESTS_TRACKED_MAX
 from interlock.engines.base import Work
 from interlock.engines.transformers.block_worker import StoreWorker
-from interlock.engines.transformers.hooks import Found, Hooks
+from interlock.engines.transformers.hooks import Coming, Found, Hooks
 from interlock.engines.transformers.sharing import LoadOrder, SaveOrder, StoreAccess, layout_of
 from interlock.host.blocking import BlockingHost
+from interlock.host.threads import monotonic_s
 from interlock.store.client import StoreClient
 from interlock.store.keys import KeyChain, ModelSalt, variant_of
 from interlock.store.models import UnknownModelError, model_identity
+from interlock.store.waiting import ComingWait
 from interlock.wire.identity import load_identity
 
 if TYPE_CHECKING:
@@ -82,8 +85,8 @@ def open_hooks(access: bytes, computer: Computer, rank: int) -> Hooks:  # noqa: 
 class Tracked:
     """One live request: its keys, and how far it is saved."""
 
-    def __init__(self, chain: KeyChain) -> None:
-        self.chain = chain
+    def __init__(self, chain: KeyChain, waits: ComingWait) -> None:
+        self.chain, self.waits = chain, waits
         self.offered = 0
         self.saves = True
         self.saved = 0
@@ -116,18 +119,23 @@ class StoreScheduler:
                 _log.warning("the KV of these weights is not shared: %s", error)
                 self._salt = None
 
-    def lookup(self, work: Work, blocks_max: int) -> Found | None:
-        if len(self._requests) >= REQUESTS_TRACKED_MAX:
+    def lookup(self, work: Work, blocks_max: int) -> Found | Coming | None:
+        before = self._requests.get(work.key)
+        if before is None and len(self._requests) >= REQUESTS_TRACKED_MAX:
             self._counts["untracked_full"] += 1
             return None
         if self._salt is None:
             return None
-        tracked = Tracked(KeyChain(self._salt.of(work.cache_salt), self._block_tokens))
+        waits = before.waits if before is not None else ComingWait()
+        tracked = Tracked(KeyChain(self._salt.of(work.cache_salt), self._block_tokens), waits)
         self._requests[work.key] = tracked
         keys = tracked.chain.upto(blocks_max, work.prompt)[:blocks_max]
         if not keys:
             return None
         found = self._client.match(keys)
+        if found is not None and found.coming and waits.may_wait(monotonic_s()):
+            self._counts["asked_again"] += 1
+            return Coming(PROMOTION_POLL_SECONDS)
         self._counts["asked_blocks"] += len(keys)
         self._counts["lookup_unanswered"] += found is None
         if found is None or not found.locations:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,9 +22,11 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
-from interlock.core.limits import REQUESTS_TRACKED_MAX
+from interlock.core.limits import REQUESTS_TRACKED_MAX, SNAPSHOT_MEMORY_BYTES_MAX
+from interlock.core.snapshot_book import BUDGET
 from interlock.engines.base import EngineStartError, Work
 from interlock.engines.transformers.hooks import Boundary, Found, Hooks, KVView
+from interlock.host.blocking import BlockingHost
 from interlock.host.threads import Worker, WorkerBusyError
 from interlock.snapshots.desk import SnapshotBusy, SnapshotError
 from interlock.snapshots.store import SnapshotStore
@@ -38,6 +41,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 FLUSH_SECONDS = 10.0
 CLOSE_SECONDS = 5.0
+WRITING_SHARE = 4
+"""One part in so many of a bounded directory is for requests that still run; the rest is for what is kept."""
 STATE, KV = b"state", b"kv"
 
 
@@ -49,24 +54,48 @@ class SaveOrder(msgspec.Struct, frozen=True, array_like=True):
 
 
 def open_boundaries(config: TransformersConfig, computer: Computer) -> Hooks:
-    """Hooks over a snapshot store in `config.snapshots`. Raises `EngineStartError`, `DirectoryBusy`, `OSError`."""
+    """Hooks over a snapshot store in `config.snapshots`. Raises `EngineStartError`."""
     assert config.snapshots is not None
+    import transformers
+
     if config.tensor_parallel != 1:
         raise EngineStartError("boundary snapshots need tensor_parallel 1: each rank would need its own")
     if not computer.nature.continues:
         _log.warning("%s cannot continue a prefill, so it takes no boundary snapshots", config.name)
         return Hooks()
+    try:
+        store = _open_store(Path(config.snapshots), f"engine {config.name}", config.snapshot_bytes)
+    except OSError as error:  # a cache that cannot be had keeps no engine from serving
+        _log.warning("%s takes no boundary snapshots: %s", config.name, error)
+        return Hooks()
     made = Boundaries(
-        SnapshotStore(Path(config.snapshots), owner=f"engine {config.name}"),
+        store,
         # Names must differ wherever the state would: the model, how it is computed, the grid.
         salt=msgspec.json.encode(
-            [config.model_id, config.dtype, config.block_tokens, computer.nature.cuttable]
+            [
+                config.model_id,
+                config.dtype,
+                config.block_tokens,
+                computer.nature.cuttable,
+                transformers.__version__,
+            ]
         ),
         block_tokens=config.block_tokens,
         needs_state=not computer.nature.begins_from_blocks,
         needs_kv=bool(computer.nature.cuttable),
     )
     return Hooks(scheduler=made, worker=made, boundary=made)
+
+
+def _open_store(path: Path, owner: str, bytes_max: int | None) -> SnapshotStore:
+    BlockingHost().files.make_private_dir(path)
+    if bytes_max is None:
+        return SnapshotStore(path, owner=owner)
+    writing = max(1, bytes_max // WRITING_SHARE)
+    budget = msgspec.structs.replace(
+        BUDGET, memory_bytes=min(writing, SNAPSHOT_MEMORY_BYTES_MAX), disk_bytes=writing
+    )
+    return SnapshotStore(path, owner=owner, budget=budget, kept_bytes_max=bytes_max - writing)
 
 
 class Tracked:
@@ -86,6 +115,7 @@ class Boundaries:
     ) -> None:
         self.store = store
         self._base, self._salt, self._block_tokens = salt, salt, block_tokens
+        self._life = os.urandom(8).hex()
         self._needs_state, self._needs_kv = needs_state, needs_kv
         self._requests: dict[str, Tracked] = {}
         self._salts: dict[str, str] = {}
@@ -145,8 +175,8 @@ class Boundaries:
         """What live requests hold is of two weights: none of it is kept."""
         for key in list(self._requests):
             self._leave(key, is_kept=False)
-        # A path may hold other weights the next time: each change is a world of its own.
-        self._salt = self._base + (f"|{path}|{next(self._numbers)}".encode() if path else b"")
+        # A path may hold other weights the next time, in another life too: each change is a world of its own.
+        self._salt = self._base + (f"|{path}|{self._life}|{next(self._numbers)}".encode() if path else b"")
 
     def ended(self, key: str) -> None:
         self._leave(key, is_kept=True)

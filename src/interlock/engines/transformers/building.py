@@ -42,4 +42,6 @@ def build(config: TransformersConfig, pipes: Sequence[Pipe]) -> Built:
     limits = scheduler_limits(config, model, nature.token_bytes, continues=nature.continues)
     if hooks.boundary is not None:
         limits = msgspec.structs.replace(limits, captures=True)
+    else:  # short chunks cost time, and nobody would have the boundaries
+        limits = msgspec.structs.replace(limits, stop_every_blocks=None)
     return Built(ranks, hooks, limits, end_tokens(model), computer.model.vocabulary, bool(nature.shapes))

@@ -43,11 +43,21 @@ class Found(msgspec.Struct, frozen=True):
     """Layers that cannot be cut come from the `BoundaryHook`, at exactly this many blocks, on every rank."""
 
 
+class Coming(msgspec.Struct, frozen=True):
+    """More of a prefix is on its way to the store: the request waits and asks again; nobody else waits for it."""
+
+    again_s: float
+    """From now, in seconds."""
+
+
 class BlockScheduler(Protocol):
     """On rank 0. Must not block: what takes longer than a few milliseconds is a miss. Nothing here may raise."""
 
-    def lookup(self, work: Work, blocks_max: int) -> Found | None:
-        """Asked once, when the request is about to be computed. At most `blocks_max` blocks (the last prompt token is always computed)."""
+    def lookup(self, work: Work, blocks_max: int) -> Found | Coming | None:
+        """Asked when the request is about to be computed, once unless the answer is `Coming`; whoever answers so bounds it.
+
+        At most `blocks_max` blocks (the last prompt token is always computed).
+        """
         ...
 
     def completed(self, key: str, tokens: Sequence[int], first_block: int, stop_block: int) -> bytes | None:

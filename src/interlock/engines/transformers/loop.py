@@ -18,10 +18,11 @@ from interlock.core.targets import Mode, stricter
 from interlock.engines.base import EngineGone, NotStanding, Progress, UpdateFailed
 from interlock.engines.transformers.asking import AskedThread, promised
 from interlock.engines.transformers.building import Built
-from interlock.engines.transformers.hooks import Hooks
+from interlock.engines.transformers.hooks import Coming, Hooks
 from interlock.engines.transformers.plans import Load, Put, Release, Step, Update
 from interlock.engines.transformers.ranks import RankFailed, Ranks
 from interlock.engines.transformers.scheduler import Request, Scheduler, choose
+from interlock.host.threads import monotonic_s
 from interlock.wire.fleet_messages import Load as Busy
 
 Told = list[tuple[str, Progress]]
@@ -101,8 +102,13 @@ class Loop(AskedThread):
         assert self._ranks is not None
         return self._ranks
 
-    def _may_step(self) -> bool:
-        return self._has_to_step() and self.gate()
+    def _seconds_to_step(self) -> float | None:
+        if not self._has_to_step() or not self.gate():
+            return None
+        return self.scheduler.idle_s(self._admitted_before(), monotonic_s())
+
+    def _admitted_before(self) -> int | None:
+        return self._before if self._held is not None else None
 
     def _has_to_step(self) -> bool:
         """Whether it does not stand, or runs and has something to do."""
@@ -117,7 +123,7 @@ class Loop(AskedThread):
         return self._before is not None and any(r.order < self._before for r in self.scheduler.requests)
 
     def _step(self) -> None:
-        admitted = self.scheduler.admit(self._before if self._held is not None else None)
+        admitted = self.scheduler.admit(self._admitted_before(), monotonic_s())
         if admitted:
             self._flush()  # what is dropped of a request must not drop what is now loaded for it
         for request in admitted:
@@ -162,7 +168,7 @@ class Loop(AskedThread):
             self._load_prefix(request)
 
     def _load_prefix(self, request: Request) -> None:
-        """Asks the store once a request (again only when it has to begin anew)."""
+        """Asks the store once a request; again when it has to begin anew, or when the store says that more is coming."""
         store, nature = self._hooks.scheduler, self.ranks.computer.nature
         if store is None or request.computed or request.mixed:
             return
@@ -172,6 +178,9 @@ class Loop(AskedThread):
         block = self.scheduler.limits.block_tokens
         known = msgspec.structs.replace(request.work, prompt=request.known)
         found = store.lookup(known, (len(request.known) - 1) // block)
+        if isinstance(found, Coming):
+            self.scheduler.postpone(request, monotonic_s() + found.again_s)
+            return
         if found is None or found.blocks == 0 or not (whole or found.snapshot):
             return
         tokens = request.known[: found.blocks * block]

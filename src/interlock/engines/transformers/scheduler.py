@@ -11,6 +11,7 @@ could not is refused when it comes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,6 +39,8 @@ class Request:
         self.parked: tuple[int, list[bytes]] | None = None
         """How far it is computed and the caches of it, one a rank, that it came with and that no rank holds yet."""
         self.begun = False
+        self.not_before_s = 0.0
+        """It waits for blocks that are on their way until then, and is asked for again."""
 
     @property
     def key(self) -> str:
@@ -147,10 +150,11 @@ class Scheduler:
 
     # --- one step ------------------------------------------------------------------------------------------------
 
-    def admit(self, before: int | None) -> list[Request]:
-        """Moves waiting requests (those that came before `before`) to the running ones, as far as memory allows."""
+    def admit(self, before: int | None, now_s: float = math.inf) -> list[Request]:
+        """Moves waiting requests to the running ones, as far as memory allows: those that came before `before`, and of the
+        postponed ones those whose time has come."""
         admitted = []
-        for request in [r for r in self.waiting if before is None or r.order < before]:
+        for request in [r for r in self._waiting(before) if r.not_before_s <= now_s]:
             if len(self.running) >= self.limits.running_max:
                 break
             if self.running and self._held([*self.running.values(), request]) > self.limits.kv_tokens:
@@ -159,6 +163,22 @@ class Scheduler:
             self.running[request.key] = request
             admitted.append(request)
         return admitted
+
+    def _waiting(self, before: int | None) -> list[Request]:
+        return [r for r in self.waiting if before is None or r.order < before]
+
+    def postpone(self, request: Request, until_s: float) -> None:
+        """One just admitted, of which nothing is computed, waits again; others run meanwhile."""
+        del self.running[request.key]
+        request.not_before_s = until_s
+        self._wait(request)
+
+    def idle_s(self, before: int | None, now_s: float) -> float:
+        """How long every request there is (of those that `admit` may take) only waits for its time; 0: there is a step to take."""
+        waiting = self._waiting(before)
+        if self.running or self.unsaved or not waiting:
+            return 0.0
+        return max(0.0, min(request.not_before_s for request in waiting) - now_s)
 
     @staticmethod
     def _held(requests: Sequence[Request]) -> int:

@@ -45,8 +45,10 @@ class TransformersConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_model_tokens: int | None = None
     snapshots: str | None = None
     """A directory of this engine's own for snapshots at block boundaries (`boundaries`); for models that no store shares."""
+    snapshot_bytes: int | None = None
+    """Of that directory, what is kept and what is being written together; None: the limits of the snapshot store."""
     snapshot_blocks: int | None = None
-    """Chunks end at least every so many blocks, for snapshots of what cannot be cut."""
+    """Where boundary snapshots are taken, prompts' chunks end at least every so many blocks; a prompt resumes there."""
     collective_seconds: float = 60.0
     """A rank that answers no collective for so long is taken for dead, and with it the engine."""
     log: str | None = None
