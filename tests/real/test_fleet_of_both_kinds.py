@@ -132,13 +132,11 @@ async def test_a_request_goes_on_in_the_other_kind_when_its_engine_is_killed(
         ids += new
         logprobs += new_logprobs
         if runner and len(ids) >= demo.FREEZE_AFTER_TOKENS:
-            os.kill(
-                runner, signal.SIGKILL
-            )  # only the runner: its core and workers must not outlive it by 5 s
+            os.kill(runner, signal.SIGKILL)  # only the runner: its core and workers must not outlive it
             runner = 0
     compared = compare("vllm killed", reference[1], Completion(tokens=ids, logprobs=logprobs))
     assert compared.equal, str(compared)
     assert len(ids) == demo.STREAM_TOKENS
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):  # on a machine with one core free it takes one second
         while any(Path(f"/proc/{pid}").exists() for pid in tree):
             await host.clock.sleep_s(0.1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -150,6 +151,75 @@ async def test_a_stream_stands_still_while_the_fleet_is_paused_and_goes_on_uncha
         await reading
     assert compare("paused", reference[2], Completion(tokens=ids, logprobs=logprobs)).equal
     assert len(ids) == demo.STREAM_TOKENS
+
+
+def other_weights(folder: Path) -> Path:
+    """The demo model with the same shapes and other weights in each layer: its KV and its tokens are others."""
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(build_demo_model(), folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in tensors:
+        if "v_proj" in name:
+            tensors[name] = -tensors[name]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+async def test_weights_change_under_a_stream_and_no_cached_block_crosses_versions(
+    fleet: demo.Fleet,
+    host: RealHost,
+    prompts: list[list[int]],
+    reference: list[Completion],
+    tmp_path: Path,
+) -> None:
+    """pause, update, suspend, resume, unpause: the stream goes on, and says which weights made which of its tokens."""
+    changed = other_weights(tmp_path / "v1")
+    ids: list[int] = []
+    spans: list[dict[str, object]] = []
+    seen = asyncio.Event()
+
+    async def read() -> None:
+        stream = await fleet.client.completions.create(
+            model="demo", prompt=prompts[1], max_tokens=demo.STREAM_TOKENS, temperature=0.0, stream=True,
+            stream_options={"include_usage": True}, extra_body={"return_token_ids": True, "ignore_eos": True},
+        )  # fmt: skip
+        async for chunk in stream:
+            for choice in chunk.choices:
+                ids.extend(getattr(choice, "token_ids", None) or [])
+            if chunk.usage:
+                spans.extend(chunk.usage.weights[0])  # type: ignore[attr-defined]
+            if len(ids) >= 10:
+                seen.set()
+
+    reading = asyncio.ensure_future(read())
+    async with asyncio.timeout(60):
+        await seen.wait()
+    await fleet.ctl("pause", "--owner", "trainer")
+    await fleet.ctl("update", "v1", str(changed), "--owner", "trainer")
+    await fleet.ctl("suspend", "--owner", "trainer")
+    assert {member["state"] for member in (await fleet.status())["members"]} == {"SUSPENDED"}
+    await fleet.ctl("resume", "--owner", "trainer")
+    await fleet.ctl("unpause", "--owner", "trainer")
+    async with asyncio.timeout(120):
+        await reading
+    old, new = spans
+    assert (old["version"], new["version"]) == ("0", "v1")
+    assert len(ids) == demo.STREAM_TOKENS == int(str(old["tokens"])) + int(str(new["tokens"]))
+    made_before = int(str(old["tokens"]))
+    assert ids[:made_before] == reference[1].tokens[:made_before]
+    assert ids != reference[1].tokens[: len(ids)]
+
+    plain = await demo.plain_run(host, changed, prompts[:1], ENGINE)
+    answer = await fleet.answer(prompts[0], 24)
+    assert answer.cached_tokens == 0, "its KV of the old version lies in the store and in both engines"
+    assert compare("updated", plain[0], answer.completion).equal
+    assert not compare("updated", reference[0], answer.completion).equal
+
+    await fleet.ctl("pause", "--owner", "trainer")
+    await fleet.ctl("update", "v2", str(build_demo_model()), "--owner", "trainer")
+    await fleet.ctl("unpause", "--owner", "trainer")
+    assert compare("back", reference[0], (await fleet.answer(prompts[0], 24)).completion).equal
 
 
 async def test_an_illegal_command_is_refused_with_what_to_do_instead(fleet: demo.Fleet) -> None:

@@ -29,8 +29,8 @@ _POPULATE_READ, _POPULATE_WRITE = 22, 23
 def populate(memory: memoryview, *, writable: bool) -> bool:
     """Maps the pages of page-aligned `memory` into this process now, so that no copy meets a page fault. Changes no byte.
 
-    A first touch costs more than copying the page (measured: half of a put's time). Blocks, without the interpreter's
-    lock. False where the kernel cannot: then each page is mapped when it is touched.
+    What a first touch costs a copy was not measured apart from other changes (docs/benchmarks.md). Blocks, without the
+    interpreter's lock. False where the kernel cannot: then each page is mapped when it is touched.
     """
     address = np.frombuffer(memory, dtype=np.uint8).ctypes.data
     advice = _POPULATE_WRITE if writable else _POPULATE_READ

@@ -1,7 +1,8 @@
 """What store clients and a store node say to each other. One question, one answer; a `Fault` is always a possible answer.
 
 Keys are 32-byte block keys (`core/prefixes`). Slots are numbers in the slab of one node incarnation. Checksums are
-unsigned 64-bit integers, one per (layer group, KV head) of the shard they came from, group by group (core/layouts).
+unsigned 64-bit integers, one per (layer group, KV head) of the shard they came from, group by group (core/layouts); where a
+look-up's answer has thousands of them they are packed into bytes (core/packed_sums).
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from interlock.core.limits import (
     TENANT_CHARS_MAX,
     WATCH_SECONDS_MAX,
 )
+from interlock.core.packed_sums import SUM_BYTES, unpack_sums
 
 Key = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 Keys = Annotated[list[Key], msgspec.Meta(max_length=BLOCKS_PER_CALL_MAX)]
 Tenant = Annotated[str, msgspec.Meta(max_length=TENANT_CHARS_MAX)]
 HexPrefix = Annotated[str, msgspec.Meta(max_length=64, pattern="^[0-9a-f]*$")]
 Checksums = Annotated[list[int], msgspec.Meta(max_length=CHECKSUMS_PER_BLOCK_MAX)]
+Sums = Annotated[bytes, msgspec.Meta(max_length=SUM_BYTES * CHECKSUMS_PER_BLOCK_MAX)]
 Cuts = Annotated[list[int], msgspec.Meta(max_length=LAYER_GROUPS_MAX)]
 
 
@@ -189,12 +192,16 @@ class Attached(Message, frozen=True):
 
 
 class Location(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """Where a published block stands: its slot, and the checksum of every (layer group, head) of the canonical layout."""
+    """Where a published block stands: its slot, and, packed, the checksum of every (layer group, head) of the canonical layout."""
 
     slot: int
-    checksums: Checksums
+    sums: Sums
     cuts: Cuts = msgspec.field(default_factory=list)
     """Layers at which its layer groups after the first begin: its writers' pipeline, not the reader's."""
+
+    @property
+    def checksums(self) -> tuple[int, ...]:
+        return unpack_sums(self.sums)
 
 
 class Matched(Message, frozen=True):
