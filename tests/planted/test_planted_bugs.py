@@ -53,8 +53,8 @@ PLANTS = [
         old="and node <= self._last_node",
         new="",
         kinds=(),
-        found_at=0,
-        seeds_max=20,
+        found_at=20,
+        seeds_max=60,
         shape=msgspec.structs.replace(TWO_ENGINES, clients=True, ranks=2, kv_engines=2),
     ),
     Plant(
