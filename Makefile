@@ -38,6 +38,7 @@ format:
 long: # what takes too long for CI; results with revision and date belong into docs/verification.md
 	@bin="$$(tools/setup)" && "$$bin/interlock" explore --budget full --seconds 3600 && "$$bin/interlock" explore --museum && \
 		"$$bin/interlock" simulate --seeds 1000 && \
+		"$$bin/python" -m interlock.testing.sim.disk_lives --crashes 100000 --processes 2 && \
 		"$$bin/python" -m interlock.testing.transfer_storms && \
 		"$$bin/python" -m interlock.testing.sim.snapshot_world 0 10000
 

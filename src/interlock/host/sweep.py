@@ -13,6 +13,7 @@ import os
 import re
 import select
 import signal
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -32,6 +33,9 @@ _MADE_BY_LIBRARIES = ("psm_", "sem.mp-", "torch_", "vllm_")
 """What Python, torch and vLLM make under names of their own; other names there may be anybody's."""
 
 
+LOCK_POLL_SECONDS = 0.01
+
+
 class FileLock:
     """An advisory lock on a file of its own, until `release` or the end of this process."""
 
@@ -40,11 +44,12 @@ class FileLock:
         self._fd: int | None = fd
 
     @classmethod
-    def take(cls, path: Path, *, shared: bool = False) -> FileLock | None:
-        """None when somebody else holds it in a way that excludes ours. Never waits.
+    def take(cls, path: Path, *, shared: bool = False, within_s: float = 0.0) -> FileLock | None:
+        """None when somebody else holds it in a way that excludes ours, for `within_s` seconds.
 
         A holder may remove the file; then the lock was on a file that nobody finds any more, and it is taken anew.
         """
+        until_s = time.monotonic() + within_s
         while True:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
@@ -53,7 +58,10 @@ class FileLock:
                     return cls(path, fd)
             except BlockingIOError:
                 os.close(fd)
-                return None
+                if time.monotonic() >= until_s:
+                    return None
+                time.sleep(LOCK_POLL_SECONDS)
+                continue
             except BaseException:
                 os.close(fd)
                 raise

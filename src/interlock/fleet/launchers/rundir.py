@@ -108,20 +108,44 @@ class ChildMark:
         self._lock.release()
         if not supervisor_gone or not self._path.exists():
             return
-        last = FileLock.take(self._path / CHILDREN_FILE)
-        if last is None:
+        with contextlib.suppress(OSError):  # another of the last ones was faster
+            self._remove_as_last()
+
+    def _remove_as_last(self) -> None:
+        """The kernel closes a dying supervisor's pipe before its lock: whoever was woken by the one waits for the other."""
+        if not self._no_child():
             return
-        owner = FileLock.take(self._path.parent / f"{self._path.name}.lock")
-        last.release()
-        if owner is not None:
+        owner = FileLock.take(
+            self._path.parent / f"{self._path.name}.lock", within_s=SUPERVISOR_EXIT_SECONDS_MAX
+        )
+        if owner is None:
+            return  # a new fleet has it
+        if self._path.exists() and self._no_child():
             RunDir(self._path, owner).remove()
+        else:
+            owner.release(remove=not self._path.exists())
+
+    def _no_child(self) -> bool:
+        lock = FileLock.take(self._path / CHILDREN_FILE)
+        if lock is not None:
+            lock.release()
+        return lock is not None
+
+
+SUPERVISOR_EXIT_SECONDS_MAX = 1.0
+REMOVE_TRIES = 50
 
 
 def remove_tree(path: Path) -> None:
     """The directory, and the shared memory that its processes are on record to have used. They must be gone."""
     for record in path.glob(f"*{SHARED_MEMORY_SUFFIX}"):
         forget_shared_memory(record)
-    shutil.rmtree(path, ignore_errors=True)
+    for _ in range(
+        REMOVE_TRIES
+    ):  # one that has said it leaves may still write its last file into a folder that was just emptied
+        shutil.rmtree(path, ignore_errors=True)
+        if not path.exists():
+            return
 
 
 def forget_shared_memory(record: Path) -> None:
