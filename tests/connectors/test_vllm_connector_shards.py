@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import connector_rig as rig
 import pytest
+
+from interlock.host.sweep import remove_shared_memory, shared_memory_of
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300), pytest.mark.usefixtures("vllm_environment")]
 
@@ -21,16 +24,21 @@ def grid(
 ) -> Iterator[rig.Engine]:
     if pipeline * tensor > 1:
         more |= {"distributed_executor_backend": "mp", "worker_cls": "stage_worker.StageWorker"}
-    with rig.engine(
-        model,
-        store=store.address,
-        state=state,
-        name=f"pp{pipeline}tp{tensor}",
-        pipeline_parallel_size=pipeline,
-        tensor_parallel_size=tensor,
-        **more,
-    ) as engine:
-        yield engine
+    made: set[str] = set()
+    try:
+        with rig.engine(
+            model,
+            store=store.address,
+            state=state,
+            name=f"pp{pipeline}tp{tensor}",
+            pipeline_parallel_size=pipeline,
+            tensor_parallel_size=tensor,
+            **more,
+        ) as engine:
+            made = shared_memory_of(os.getpid())
+            yield engine
+    finally:
+        remove_shared_memory(made)  # vLLM ends its stages without removing what they talked through
 
 
 @pytest.fixture(scope="module")
