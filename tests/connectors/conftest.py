@@ -33,6 +33,7 @@ def environment(cache: Path) -> Iterator[None]:
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_LOGGING_LEVEL": "WARNING",
             "VLLM_CACHE_ROOT": str(cache),
+            "VLLM_RPC_BASE_PATH": str(cache),  # its sockets, which it leaves behind
             "OMP_NUM_THREADS": "1",  # threads that wait for a core spin: two are slower on a busy machine
             "PYTHONPATH": str(HERE),
         }.items():

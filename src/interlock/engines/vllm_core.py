@@ -68,6 +68,11 @@ class VllmCore:
         manager = llm.engine_core.resources.engine_manager
         self._processes: Sequence[Any] = list(manager.processes) if manager is not None else []
         self.watches: list[Watch] = [host.watch(process.pid) for process in self._processes]
+        self._memory = self._mapped()
+        """Noted while they live: what a dead process had mapped can no longer be seen."""
+
+    def _mapped(self) -> set[str]:
+        return {name for watch in self.watches for name in shared_memory_of(watch.pid)}
 
     @classmethod
     async def start(cls, host: Host, config: VllmConfig) -> VllmCore:
@@ -112,7 +117,7 @@ class VllmCore:
     async def end(self) -> None:
         """Ends core and workers; on return none of them is left, nor their shared memory."""
         self.ending = True
-        memory = {name for watch in self.watches for name in shared_memory_of(watch.pid)}
+        self._memory |= self._mapped()
         watches = list(self.watches)
         for pid in {pid for watch in self.watches for pid in descendants(watch.pid)}:
             with contextlib.suppress(ProcessLookupError):
@@ -133,7 +138,7 @@ class VllmCore:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(watch.pid, os.WNOHANG)  # noqa: ASYNC222 - it does not wait
             watch.close()
-        remove_shared_memory(memory)
+        remove_shared_memory(self._memory)
 
 
 def _build(config: VllmConfig, stats: LastStats) -> Any:
