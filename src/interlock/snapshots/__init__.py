@@ -1,6 +1,8 @@
 """The snapshot store: states of requests that cannot be cut, written behind to disk, and erased without a race.
 
 store     `SnapshotStore`: what engines call
+saving    a copy into memory, offered
+loading   from memory, or from the file
 desk      scopes, their locks, and the effects of core/snapshots as I/O
 writers   the queue, the threads that write, and those given up as hung
 reaper    empties the trash

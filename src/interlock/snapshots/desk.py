@@ -110,6 +110,8 @@ class Desk:
         self._deliver = deliver
         self._is_delivering = False
         self.has_trash = False
+        self.is_closing = False
+        """No save is taken any more."""
 
     # --- a scope's lock --------------------------------------------------------------------------------------------
 

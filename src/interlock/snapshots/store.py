@@ -21,31 +21,24 @@ from interlock.core.limits import (
 )
 from interlock.core.snapshot_book import BUDGET, Amount
 from interlock.core.snapshot_events import (
-    Accepted,
     Close,
     Effect,
     Erase,
     EraseFailed,
-    LoadAsked,
-    Loaded,
-    LoadRead,
     NotPromoted,
     Promote,
     Promoted,
-    ReadFile,
-    ReadStaged,
-    Refused,
     RootMoved,
 )
-from interlock.core.snapshot_state import Item, scope_name
-from interlock.host.trees import RealThreadHost, ThreadHost, descriptor_room, page_memory
-from interlock.snapshots import format as file_format
-from interlock.snapshots.desk import LIVE, TRASH, Desk, Image, Notice, SnapshotBusy, SnapshotError
-from interlock.snapshots.format import Snapshot, SnapshotDamaged
+from interlock.core.snapshot_state import scope_name
+from interlock.host.trees import RealThreadHost, ThreadHost, descriptor_room
+from interlock.snapshots.desk import LIVE, TRASH, Desk, Notice, SnapshotBusy, SnapshotError
+from interlock.snapshots.format import Snapshot
 from interlock.snapshots.kept import Kept
+from interlock.snapshots.loading import Loader
 from interlock.snapshots.reaper import Reaper, trash_of_root
+from interlock.snapshots.saving import Saved, Saver
 from interlock.snapshots.start import Claim, open_store
-from interlock.snapshots.tensors import Staging, describe
 from interlock.snapshots.writers import Writers
 
 CLOSE_SECONDS = 10.0
@@ -53,13 +46,6 @@ CLOSE_SECONDS = 10.0
 
 def _ignore(notice: Notice) -> None:
     """Nobody wants to know: the counts of `stats` remain."""
-
-
-class Saved(msgspec.Struct, frozen=True):
-    """Accepted: readable at once, then durable or reported failed. Else nothing was kept, for `reason`."""
-
-    accepted: bool
-    reason: str = ""
 
 
 class Stats(msgspec.Struct, frozen=True):
@@ -98,7 +84,7 @@ class SnapshotStore:
         Raises `DirectoryBusy` when a living process has `path`, `PermissionError`, `OSError`."""
         self._host = host or RealThreadHost()
         opened = open_store(self._host, path, owner, claims, budget, descriptor_room(SNAPSHOT_SCOPES_MAX))
-        self._budget, self._write_seconds_max = budget, write_seconds_max
+        self._budget = budget
         self._desk = Desk(self._host, opened.tree, opened.book, on_notice)
         self._desk.handles.update(opened.adopted)
         self._desk.requests.update(opened.requests)
@@ -106,12 +92,11 @@ class SnapshotStore:
         self.kept = Kept(opened.tree, self._desk.changes, kept_bytes_max)
         self._writers = Writers(self._desk, write_seconds_max)
         self._reaper = Reaper(self._desk, self._writers, opened.found)
-        self._next_load = 0
-        self._staging_bytes = 0
-        self._is_closing = False
+        self._saver = Saver(self._host, self._desk, budget, write_seconds_max)
+        self._loader = Loader(self._desk)
         self._is_switching = False
 
-    # --- saving ----------------------------------------------------------------------------------------------------
+    # --- saving and reading ----------------------------------------------------------------------------------------
 
     def save(
         self,
@@ -126,80 +111,11 @@ class SnapshotStore:
         Refused at once when it does not fit the budget, the store is closing, or the disk hangs in a call for this request.
         Raises `TypeError`, `ValueError` for what the format cannot hold.
         """
-        told = {"request": scope_name(request), "position": str(position), **labels}
-        layout = file_format.lay_out(
-            {name: describe(value) for name, value in tensors.items()}, structure, told
-        )
-        if (reason := self._reserve(layout.total_bytes)) is not None:
-            return self._refused(reason)
-        image = None
-        try:
-            image = self._stage(layout, tensors)
-            return self._offer(request, position, image)
-        except SnapshotBusy as error:
-            self._drop(image)
-            return self._refused(str(error))
-        except BaseException:
-            self._drop(image)
-            raise
-        finally:
-            with self._desk.changes:
-                self._staging_bytes -= layout.total_bytes
+        return self._saver.save(request, position, tensors, structure, labels)
 
-    def _reserve(self, size_bytes: int) -> str | None:
-        """Before the copy, so that what does not fit costs nothing."""
-        with self._desk.changes:
-            coming = self._staging_bytes + size_bytes
-            if self._is_closing:
-                return "the snapshot store is closed"
-            if not (self._desk.book.used + Amount(1, coming, coming)).fits(self._budget):
-                return "the snapshot budget is used up"
-            self._staging_bytes = coming
-        return None
-
-    def _stage(self, layout: file_format.Layout, tensors: Mapping[str, Any]) -> Image:
-        buffer = self._desk.buffers.take(self._desk.changes, layout.total_bytes)
-        staging = Staging()
-        body = buffer.view[layout.header_bytes :]
-        for entry in layout.entries:
-            if entry.name in tensors:
-                staging.copy(tensors[entry.name], body[entry.start : entry.stop])
-        return Image(layout, buffer, staging)
-
-    def _offer(self, request: str, position: int, image: Image) -> Saved:
-        name, desk = scope_name(request), self._desk
-        deadline_s = self._host.monotonic_s() + self._write_seconds_max
-        with desk.scope(name):
-            with desk.changes:
-                desk.requests[name] = request
-
-            def tell() -> tuple[Effect, ...]:
-                if self._is_closing:
-                    return (Refused(position, "the snapshot store is closed"),)
-                return desk.book.save(
-                    name, position=position, bytes=image.layout.total_bytes, deadline_s=deadline_s
-                )
-
-            effects = desk.follow(name, tell, None, image)
-        accepted = next((e for e in effects if isinstance(e, Accepted)), None)
-        if accepted is None or not accepted.is_new:
-            self._drop(image)
-        if accepted is not None:
-            return Saved(True)
-        return self._refused(next(e.reason for e in effects if isinstance(e, Refused)))
-
-    def _drop(self, image: Image | None) -> None:
-        if image is not None:
-            image.staging.wait()
-            with self._desk.changes:
-                image.buffer.release()
-
-    def _refused(self, reason: str) -> Saved:
-        with self._desk.changes:
-            self._desk.counts["refused"] += 1
-        return Saved(False, reason)
-
-    # --- reading ---------------------------------------------------------------------------------------------------
+    def load(self, request: str, position: int) -> Snapshot | None:
+        """The state as it was saved, in memory of its own, or None. Raises `SnapshotBusy`."""
+        return self._loader.load(request, position)
 
     def has(self, request: str, position: int) -> bool:
         """Whether a load could find it now."""
@@ -213,83 +129,6 @@ class SnapshotStore:
                 return []
             items = [i for i in scope.writing if i.directory == scope.directory and not i.overdue]
             return sorted({item.position for item in (*scope.durable, *items)})
-
-    def load(self, request: str, position: int) -> Snapshot | None:
-        """The state as it was saved, in memory of its own, or None. Raises `SnapshotBusy`."""
-        name, desk = scope_name(request), self._desk
-        with desk.changes:
-            number, self._next_load = self._next_load, self._next_load + 1
-            desk.counts["loads"] += 1
-        with desk.scope(name):
-            effects = desk.tell(name, LoadAsked(number, position))
-            item, image = self._source(name, effects)
-        if item is None:
-            self._missed()
-            return None
-        snapshot: Snapshot | None = None
-        try:
-            snapshot = self._read_staged(image) if image is not None else self._read_file(item)
-        finally:
-            effects = self._end_load(name, LoadRead(number, is_good=snapshot is not None))
-        if any(isinstance(e, Loaded) for e in effects):
-            return snapshot
-        self._missed()
-        return None
-
-    def _end_load(self, name: str, read: LoadRead) -> list[Effect]:
-        try:
-            with self._desk.scope(name):
-                return self._desk.tell(name, read)
-        except SnapshotBusy:
-            self._desk.owed.append(
-                (name, msgspec.structs.replace(read, is_good=True))
-            )  # not damage: nobody asked in time
-            raise
-
-    def _source(self, name: str, effects: Sequence[Effect]) -> tuple[Item | None, Image | None]:
-        for effect in effects:
-            if isinstance(effect, ReadStaged):
-                return effect.load.item, self._desk.staged[name, effect.load.item.number]
-            if isinstance(effect, ReadFile):
-                return effect.load.item, None
-        return None, None
-
-    def _missed(self) -> None:
-        with self._desk.changes:
-            self._desk.counts["misses"] += 1
-
-    def _read_staged(self, image: Image) -> Snapshot:
-        """Its header may be under way to being written: what it says is taken from the layout."""
-        try:
-            image.staging.wait()
-            body = bytearray(image.buffer.view[image.layout.header_bytes :])
-            tensors = {
-                entry.name: file_format.Raw(
-                    entry.dtype, entry.shape, memoryview(body)[entry.start : entry.stop]
-                )
-                for entry in image.layout.entries
-                if entry.name != file_format.PAD
-            }
-            structure = msgspec.json.decode(image.layout.structure)
-            return Snapshot(dict(image.layout.labels), structure, tensors)
-        finally:
-            with self._desk.changes:
-                image.buffer.release()
-
-    def _read_file(self, item: Item) -> Snapshot | None:
-        name = f"{item.directory}/{item.file}"
-        try:
-            with self._desk.changes:
-                folder = self._desk.handles[item.directory]
-            data = folder.read(item.file, lambda size: page_memory(size)[:size])
-            snapshot = file_format.read(name, data)
-            expected = {"request": item.directory.scope, "position": str(item.position)}
-            if not expected.items() <= snapshot.labels.items():
-                raise SnapshotDamaged(name, "it is of another request or position")
-            return snapshot
-        except (OSError, EOFError, SnapshotDamaged) as error:
-            self._desk.note_damage(item, str(error))
-            return None
 
     # --- erasing ---------------------------------------------------------------------------------------------------
 
@@ -409,9 +248,9 @@ class SnapshotStore:
         desk = self._desk
         deadline_s = self._host.monotonic_s() + timeout_s
         with desk.changes:
-            if self._is_closing:
+            if desk.is_closing:
                 return []
-            self._is_closing = True
+            desk.is_closing = True
         try:
             if erase:
                 self.erase_all(timeout_s)
