@@ -58,6 +58,7 @@ def statement(endpoint: Endpoint) -> Send:
 
 
 def stale(endpoint: Endpoint, event: Message, refusal: str = "") -> Send:
+    """The answer to what belongs to no pair of ours: how far this side is and knows the peer to be."""
     regarding = None if isinstance(event, Open | Reject) else event.echo
     return Send(Reject(endpoint.name, endpoint.stamp, event.me, regarding, endpoint.known, refusal))
 
@@ -66,19 +67,23 @@ def stale(endpoint: Endpoint, event: Message, refusal: str = "") -> Send:
 
 
 def begin(endpoint: Endpoint, _: object = None) -> Outcome:
+    """Somebody wants a connection: say Open, until it is answered."""
     begun = _replace(endpoint, phase=Phase.CONNECTING, is_wanted=True, expires_s=None)
     return begun, (Send(Open(endpoint.name, endpoint.stamp, endpoint.offers)),)
 
 
 def want(endpoint: Endpoint, _: Connect) -> Outcome:
+    """One more who wants it; it is under way."""
     return _replace(endpoint, is_wanted=True), NOTHING
 
 
 def opened(endpoint: Endpoint, _: Connect) -> Outcome:
+    """It is there already."""
     return endpoint, (opened_now(endpoint),)
 
 
 def opened_now(endpoint: Endpoint) -> Opened:
+    """What whoever asked for a connection is told."""
     assert endpoint.theirs is not None
     return Opened(endpoint.stamp, endpoint.theirs, endpoint.chosen)
 
@@ -93,6 +98,7 @@ def accept(endpoint: Endpoint, event: Open) -> Outcome:
 
 
 def pair(endpoint: Endpoint, theirs: Stamp, offers: tuple[Offer, ...]) -> Outcome:
+    """From here on this endpoint means one endpoint of the peer; the lanes that are ours to dial are dialled."""
     expires_s = endpoint.expires_s if endpoint.phase is Phase.CONNECTING else None
     paired = _replace(
         endpoint, phase=Phase.WAIT_READY, theirs=theirs, their_offers=offers, expires_s=expires_s
@@ -107,6 +113,7 @@ def pair(endpoint: Endpoint, theirs: Stamp, offers: tuple[Offer, ...]) -> Outcom
 
 
 def kinds(offers: tuple[Offer, ...]) -> set[str]:
+    """The kinds of lane among `offers`."""
     return {offer.kind for offer in offers}
 
 
@@ -168,6 +175,7 @@ def lane_ready(endpoint: Endpoint, event: LaneReady) -> Outcome:
 
 
 def lane_failed(endpoint: Endpoint, event: LaneFailed) -> Outcome:
+    """A listed lane retires the endpoint; one not listed yet is not going to be."""
     if event.mine != endpoint.stamp or event.theirs != endpoint.theirs or event.lane in endpoint.failed:
         return endpoint, NOTHING
     if event.lane in endpoint.chosen:
@@ -182,6 +190,7 @@ def lane_failed(endpoint: Endpoint, event: LaneFailed) -> Outcome:
 
 
 def choose_if_settled(endpoint: Endpoint) -> Outcome:
+    """The list is made once every lane that can be has come or failed."""
     is_settled = len(endpoint.ready) + len(endpoint.failed) == len(endpoint.candidates)
     if not endpoint.is_chooser or not is_settled:
         return endpoint, NOTHING
@@ -189,6 +198,7 @@ def choose_if_settled(endpoint: Endpoint) -> Outcome:
 
 
 def choose(endpoint: Endpoint) -> Outcome:
+    """The list: what is ready now."""
     chosen = _replace(endpoint, chosen=endpoint.ready)
     return chosen, (statement(chosen),)
 
@@ -219,10 +229,12 @@ def retire(endpoint: Endpoint, reason: str, is_wanted: bool | None = None) -> Ou
 
 
 def retire_unwanted(endpoint: Endpoint, event: Retire) -> Outcome:
+    """Its owner no longer needs it."""
     return retire(endpoint, event.reason, is_wanted=False)
 
 
 def close_later(endpoint: Endpoint, _: Close) -> Outcome:
+    """Closed when its lanes are destroyed."""
     if endpoint.phase is not Phase.RETIRING:
         endpoint, effects = retire(endpoint, "it was closed", is_wanted=False)
         return _replace(endpoint, is_closing=True), effects
@@ -231,10 +243,12 @@ def close_later(endpoint: Endpoint, _: Close) -> Outcome:
 
 
 def close(endpoint: Endpoint, _: Close) -> Outcome:
+    """Nothing to destroy: closed now."""
     return _replace(endpoint, phase=Phase.CLOSED), NOTHING
 
 
 def released(endpoint: Endpoint, _: Released) -> Outcome:
+    """The lanes are destroyed: closed, begun again for whoever still waits, or idle."""
     if endpoint.is_closing:
         return _replace(endpoint, phase=Phase.CLOSED), NOTHING
     if endpoint.is_wanted:
@@ -259,6 +273,7 @@ def rejected(endpoint: Endpoint, event: Reject) -> Outcome:
 
 
 def tick(endpoint: Endpoint, event: Tick) -> Outcome:
+    """Deadlines, and what this side has to say, said again."""
     is_connected = endpoint.phase is Phase.CONNECTED
     if endpoint.expires_s is None:
         seconds = ENDPOINT_SILENCE_SECONDS_MAX if is_connected else HANDSHAKE_SECONDS_MAX
@@ -293,10 +308,12 @@ def tick_retiring(endpoint: Endpoint, event: Tick) -> Outcome:
 
 
 def nothing(endpoint: Endpoint, _: object) -> Outcome:
+    """It changes nothing here."""
     return endpoint, NOTHING
 
 
 def answer_stale(endpoint: Endpoint, event: Statement) -> Outcome:
+    """A statement about a pair that is over."""
     return endpoint, (stale(endpoint, event),)
 
 
@@ -306,14 +323,17 @@ def say_again(endpoint: Endpoint, _: Open) -> Outcome:
 
 
 def refuse_open(endpoint: Endpoint, event: Open) -> Outcome:
+    """Closed: nobody is connected here any more."""
     return endpoint, (stale(endpoint, event, f"{endpoint.name} is closed"),)
 
 
 def words(lanes: tuple[Lane, ...]) -> str:
+    """Lanes, for an operator."""
     return "lanes " + (", ".join(f"{lane.kind} dialled by {lane.dialler}" for lane in lanes) or "none")
 
 
 def refuse(endpoint: Endpoint, event: object, why: str = "") -> NoReturn:
+    """Our own driver did what its phase does not allow."""
     raise LocalProtocolError(
         f"the endpoint to {endpoint.peer} is {endpoint.phase} and {type(event).__name__} is not possible{why}",
         peer=endpoint.peer,
@@ -324,6 +344,7 @@ def refuse(endpoint: Endpoint, event: object, why: str = "") -> NoReturn:
 
 
 def refuse_remote(endpoint: Endpoint, event: Message, why: str) -> NoReturn:
+    """The peer said what no peer of ours can have said."""
     raise RemoteProtocolError(
         f"{type(event).__name__} from {event.sender} is refused: {why}",
         peer=endpoint.peer,
