@@ -35,6 +35,7 @@ from interlock.core.limits import (
     RANKS_MAX,
     TOMBSTONE_SECONDS_MAX,
 )
+from interlock.core.packed_sums import pack_sums
 
 NAME = JoinName("engine-0/7", 1)
 TWO = (Shard(0, 1, 0, 1), Shard(0, 1, 1, 2))
@@ -50,6 +51,10 @@ def told(*events: Event, join: Join | None = None) -> tuple[Join, list[joins.Eff
         join, effects = transition(join, event)
         heard += effects
     return join, heard
+
+
+def sums(*blocks: tuple[int, ...]) -> joins.Checksums:
+    return tuple(map(pack_sums, blocks))
 
 
 def report(rank: int, *good: bool, checksums: joins.Checksums = ()) -> Report:
@@ -109,16 +114,16 @@ def test_checksums_come_out_in_head_order_and_only_for_good_blocks() -> None:
     swapped = msgspec.structs.replace(OPEN, shards=TWO[::-1])
     _, heard = told(
         swapped,
-        report(0, True, True, checksums=((20,), (21,))),
-        report(1, True, False, checksums=((10,), ())),
+        report(0, True, True, checksums=sums((20,), (21,))),
+        report(1, True, False, checksums=sums((10,), ())),
     )
-    assert heard == [Completed(NAME, (True, False), ((10, 20), ()))]
+    assert heard == [Completed(NAME, (True, False), sums((10, 20), ()))]
 
 
 def test_checksums_of_layer_groups_come_out_layer_by_layer() -> None:
     piped = Open(NAME, 1, (Shard(1, 2, 0, 2), Shard(0, 1, 0, 2)), layers=2, heads=2, deadline_s=1.0)
-    _, heard = told(piped, Report(NAME, 0, (True,), ((3, 4),)), Report(NAME, 1, (True,), ((1, 2),)))
-    assert heard == [Completed(NAME, (True,), ((1, 2, 3, 4),))]
+    _, heard = told(piped, Report(NAME, 0, (True,), sums((3, 4))), Report(NAME, 1, (True,), sums((1, 2))))
+    assert heard == [Completed(NAME, (True,), sums((1, 2, 3, 4)))]
 
 
 def test_checksums_of_ranks_that_hold_several_groups_are_put_where_each_belongs() -> None:
@@ -126,8 +131,8 @@ def test_checksums_of_ranks_that_hold_several_groups_are_put_where_each_belongs(
     opened = Open(
         NAME, 1, (Shard(0, 4, 1, 2), Shard(0, 4, 0, 1)), layers=4, heads=2, deadline_s=1.0, cuts=(3,)
     )
-    _, heard = told(opened, Report(NAME, 0, (True,), ((2, 4),)), Report(NAME, 1, (True,), ((1, 3),)))
-    assert heard == [Completed(NAME, (True,), ((1, 2, 3, 4),))]
+    _, heard = told(opened, Report(NAME, 0, (True,), sums((2, 4))), Report(NAME, 1, (True,), sums((1, 3))))
+    assert heard == [Completed(NAME, (True,), sums((1, 2, 3, 4)))]
 
 
 def test_a_rank_that_sums_up_too_few_layer_groups_is_refused_and_told() -> None:
@@ -135,7 +140,7 @@ def test_a_rank_that_sums_up_too_few_layer_groups_is_refused_and_told() -> None:
     with pytest.raises(
         RemoteProtocolError, match="2 checksums for block 0, and it has 2 heads of it in 2 layer groups"
     ):
-        told(opened, Report(NAME, 0, (True,), ((1, 2),)))
+        told(opened, Report(NAME, 0, (True,), sums((1, 2))))
 
 
 @pytest.mark.parametrize("cuts", [(0,), (4,), (-1,)])
@@ -146,12 +151,12 @@ def test_an_open_whose_layer_groups_begin_outside_its_layers_is_refused(cuts: tu
 
 def test_a_load_has_no_layer_groups_whatever_its_ranks_hold() -> None:
     overlapping = Open(NAME, 1, (Shard(0, 3, 0, 1), Shard(1, 4, 0, 1)), 4, 1, 10.0, Kind.LOAD)
-    _, heard = told(overlapping, Report(NAME, 0, (True,), ((1,),)), Report(NAME, 1, (True,), ((2,),)))
+    _, heard = told(overlapping, Report(NAME, 0, (True,), sums((1,))), Report(NAME, 1, (True,), sums((2,))))
     assert heard == [Completed(NAME, (True,), ())]
 
 
 def test_one_rank_without_checksums_leaves_the_join_without() -> None:
-    _, heard = told(OPEN, report(0, checksums=((1,), (2,))), report(1))
+    _, heard = told(OPEN, report(0, checksums=sums((1,), (2,))), report(1))
     assert heard == [Completed(NAME, WELL, ())]
 
 
@@ -264,8 +269,8 @@ def refused(join: Join, event: Event, error: type[ProtocolError], match: str) ->
         (report(2), "it speaks for rank 2, and the group has ranks 0 to 1"),
         (report(-1), "it speaks for rank -1"),
         (Report(NAME, 1, (True,)), "rank 1 tells the outcome of 1 blocks, and it has 2"),
-        (report(1, checksums=((1,),)), "rank 1 sends checksums of 1 blocks, and it has 2"),
-        (report(1, checksums=((1,), (1, 2))), "rank 1 sends 2 checksums for block 1, and it has 1 heads"),
+        (report(1, checksums=sums((1,))), "rank 1 sends checksums of 1 blocks, and it has 2"),
+        (report(1, checksums=sums((1,), (1, 2))), "rank 1 sends 2 checksums for block 1, and it has 1 heads"),
     ],
 )
 def test_an_impossible_report_is_refused_naming_both_and_the_join_completes_all_the_same(

@@ -62,8 +62,8 @@ def in_phase(phase: Phase) -> Session:
 
 
 def test_good_blocks_are_published_with_their_checksums_and_bad_ones_free_their_slots() -> None:
-    session, heard = told(report("p"), report("q"), JoinCompleted((True, False), ((7, 8), ())))
-    assert heard == [Publish(A, 4, (7, 8)), ReleaseKey(A), FreeSlot(5), ReleaseKey(B)]
+    session, heard = told(report("p"), report("q"), JoinCompleted((True, False), (b"sums of A", b"")))
+    assert heard == [Publish(A, 4, b"sums of A"), ReleaseKey(A), FreeSlot(5), ReleaseKey(B)]
     assert session.phase is Phase.PUBLISHED
 
 

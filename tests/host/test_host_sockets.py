@@ -93,6 +93,38 @@ async def test_descriptors_nobody_takes_are_bounded_and_closed_with_the_stream(s
     assert len(os.listdir("/proc/self/fd")) < before + FDS_PER_MESSAGE_MAX
 
 
+async def test_a_reader_that_takes_its_descriptors_gets_any_number_of_them(streams: Any) -> None:
+    client, server = streams
+    count = 3 * FDS_WAITING_MAX
+
+    async def send() -> None:
+        for _ in range(count):
+            await client.send(b"x", [0])
+
+    sending = asyncio.create_task(send())
+    for _ in range(count):
+        assert await server.receive_exactly(1) == b"x"
+        for _ in range(3):
+            await asyncio.sleep(0)  # more arrives meanwhile
+        fds = server.take_fds()
+        assert fds
+        for fd in fds:
+            os.close(fd)
+    await sending
+
+
+async def test_a_stream_reads_ahead_of_its_reader_only_up_to_a_bound(streams: Any) -> None:
+    client, server = streams
+    sending = asyncio.create_task(client.send(bytes(50_000_000)))
+    await server.receive_exactly(1)
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert not sending.done()
+    assert len(server._buffer) < 3 * sockets.RECEIVE_BYTES
+    assert len(await server.receive_exactly(49_999_999)) == 49_999_999
+    await sending
+
+
 async def test_a_peer_that_leaves_is_seen_as_the_end(streams: Any) -> None:
     client, server = streams
     await client.send(b"half")

@@ -215,6 +215,7 @@ def _with_version(fleet: FleetState, ask: Commanded, state: State) -> FleetOutco
         kv=ask.kv,
         version_known=starts,
         holds=holds,
+        awaited=ask.expected if starts else fleet.awaited,
     )
     return _accepted(changed, ask.command)
 

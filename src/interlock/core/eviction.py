@@ -17,8 +17,8 @@ recently leaves, of the *once* blocks while they have their share of all, else o
 side is given more. docs/decisions/011 has the policies that were compared, `benchmarks/eviction.py` compares them.
 
 Order is by *use*: a number that grows. A look-up of a thousand keys must not write a thousand numbers, so touching a
-prefix gives a number to its last block alone: the others are held by it, and inherit the number when it goes, before they
-are candidates themselves. Candidates stand in heaps of (use, key); a touch writes a new number and leaves the old entry,
+prefix marks its last block alone: the others are held by it, and inherit the number, and that they were used *again*, when
+it goes, before they are candidates themselves. Candidates stand in heaps of (use, key); a touch writes a new number and leaves the old entry,
 which is thrown away when it surfaces (the usual lazy deletion; a heap is rebuilt when more than half of it is stale). So a
 touch is O(1) amortised, and finding a victim O(log n). A plain mutable structure, tested against a slow model.
 """
@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Sequence
 
 _STALE_ENTRIES_MIN = 64
 """Below so many entries a heap is not worth rebuilding, and so many ghosts are kept however few blocks there are."""
@@ -106,21 +105,11 @@ class LeafARC:
             self._ghosts[longer].popitem(last=False)
         return use
 
-    def touch(self, keys: Sequence[bytes]) -> None:
-        """These blocks, a prefix from its first block on, are used now. Keys that are not here are passed over.
-
-        The last is given the number. Before it, back to the first that is *again* already, all become *again*.
-        """
+    def touch(self, last: bytes) -> None:
+        """The prefix that ends with this block is used now. Raises `KeyError` when the block is not there."""
+        known = self._use[last]
         self._clock.now += 1
-        last = True
-        for key in reversed(keys):
-            known = self._use.get(key)
-            if known is None:
-                continue
-            if not last and known & 1:
-                break
-            self._set(key, known, self._clock.now << 1 | _AGAIN if last else known | _AGAIN)
-            last = False
+        self._set(last, known, self._clock.now << 1 | _AGAIN)
         self._tidy(_ONCE)
         self._tidy(_AGAIN)
 
@@ -132,8 +121,10 @@ class LeafARC:
         """One fewer needs it; `inherited` is what `evict` or `remove` said of a child. Raises `KeyError` when nothing held it."""
         left = self._holds[key] - 1
         known = self._use.get(key)
-        if known is not None and known < inherited:
-            self._set(key, known, inherited | known & 1)
+        if known is not None:
+            use = (max(known, inherited) | 1) ^ 1 | (known | inherited) & 1
+            if use != known:
+                self._set(key, known, use)
         if left:
             self._holds[key] = left
         else:

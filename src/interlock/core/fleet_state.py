@@ -79,6 +79,8 @@ class Commanded(msgspec.Struct, frozen=True):
     kv: KeptCache = KeptCache.RECOMPUTE
     break_hold_of: str | None = None
     composite: bool = False
+    expected: frozenset[str] = frozenset()
+    """START: the members that are launched by it, and awaited."""
 
 
 class Heard(msgspec.Struct, frozen=True):

@@ -10,8 +10,9 @@ from interlock.core.layouts import Shard
 
 Outcome = tuple[bool, ...]
 """What became of each block of the join on one rank, in the order of the grant; empty from a rank that writes none."""
-Checksums = tuple[tuple[int, ...], ...]
-"""For each block of the join one checksum per (layer group, KV head), group by group; empty where checksums do not matter (loads, aborted work)."""
+Checksums = tuple[bytes, ...]
+"""For each block of the join one checksum per (layer group, KV head), group by group, packed (core/packed_sums); empty where
+checksums do not matter (loads, aborted work)."""
 
 
 class JoinName(msgspec.Struct, frozen=True, array_like=True):

@@ -30,7 +30,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from itertools import chain
 from typing import Any, NoReturn
 
 import msgspec
@@ -63,6 +62,7 @@ from interlock.core.limits import (
     RANKS_MAX,
     TOMBSTONE_SECONDS_MAX,
 )
+from interlock.core.packed_sums import SUM_BYTES
 
 __all__ = [
     "TABLE",
@@ -162,11 +162,11 @@ def _fault_in_report(opened: Open, event: Report) -> str | None:
         return None
     cuts = _cuts(opened.shards, opened.cuts)
     groups = len(_groups_of(shard, cuts, opened.layers)) if opened.kind is Kind.SAVE else 1
-    sums = groups * (shard.head_stop - shard.head_start)
+    size = SUM_BYTES * groups * (shard.head_stop - shard.head_start)
     for block, checksums in enumerate(event.checksums):
-        if event.good[block] and len(checksums) != sums:
+        if event.good[block] and len(checksums) != size:
             return (
-                f"rank {event.rank} sends {len(checksums)} checksums for block {block}, and it has "
+                f"rank {event.rank} sends {len(checksums) / SUM_BYTES:g} checksums for block {block}, and it has "
                 f"{shard.head_stop - shard.head_start} heads of it"
                 + (f" in {groups} layer groups" if groups > 1 else "")
             )
@@ -318,16 +318,19 @@ def _complete(join: Join, opened: Open) -> tuple[Join, tuple[Effect, ...]]:
         cuts = _cuts(opened.shards, opened.cuts)
         places = _places(opened.shards, cuts, opened.layers, opened.heads)
         rows = zip(*(report.checksums for report in telling), strict=True)
-        checksums = tuple(
-            _in_order(tuple(chain.from_iterable(row)), places) if well else ()
-            for well, row in zip(good, rows, strict=True)
-        )
+        if places == tuple(range(len(places))):  # one rank, or ranks that hold one part after the other
+            checksums = tuple(b"".join(row) if well else b"" for well, row in zip(good, rows, strict=True))
+        else:
+            checksums = tuple(
+                _in_order(b"".join(row), places) if well else b""
+                for well, row in zip(good, rows, strict=True)
+            )
     finished = Join(join.name, Phase.COMPLETED, opened, join.reports)
     return finished, (Completed(join.name, good, checksums),)
 
 
-def _in_order(sums: tuple[int, ...], places: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(sums[place] for place in places)
+def _in_order(sums: bytes, places: tuple[int, ...]) -> bytes:
+    return b"".join(sums[SUM_BYTES * place : SUM_BYTES * (place + 1)] for place in places)
 
 
 def _fail(join: Join, reason: str, missing: tuple[int, ...]) -> tuple[Join, tuple[Effect, ...]]:

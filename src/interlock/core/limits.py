@@ -14,7 +14,8 @@ SILENCE_SECONDS_MAX = 5.0
 """Five missed heartbeats: suspicion, never proof of death."""
 OUTBOX_MESSAGES_MAX = 4096
 """Messages waiting for a slow reader on one channel; beyond it the channel is closed, the sender is not blocked."""
-CONNECTIONS_MAX = 1024
+CONNECTIONS_MAX = 4096
+"""Of one listener: those of ENDPOINTS_MAX peers, and as many that dial anew while their old ones are still being closed."""
 OUTBOX_BYTES_MAX = 64 * 1024 * 1024
 """The same bound in bytes: a few large frames weigh more than many small ones."""
 INBOX_MESSAGES_MAX = 1024
@@ -29,6 +30,14 @@ PEERS_KNOWN_MAX = 16384
 HOST_THREADS_MAX = 8
 """Blocking calls of one process that run at a time off its loop."""
 EVENTS_KEPT_MAX = 4096
+EVENTS_PER_CALL_MAX = 512
+"""Events in one answer: with all their fields they still fit into one frame."""
+EVENT_FIELD_CHARS_MAX = 512
+"""Of one field's text: some errors quote their whole input, and an event is a line."""
+EVENTS_FILE_BYTES_MAX = 64 * 1024 * 1024
+"""EVENTS_KEPT_MAX lines of many long fields; a longer file is none of ours."""
+EVENTS_WAIT_SECONDS_MAX = 30.0
+"""How long a question for events waits for one; the asker then asks again."""
 METRIC_SERIES_MAX = 1024
 """Label combinations of one metric: beyond it a label carries something unbounded, which is a defect."""
 
@@ -77,6 +86,10 @@ KV_EVENT_BATCHES_MAX = 10_000
 """Batches of KV events kept for who missed some; vLLM's own default."""
 KV_EVENT_BYTES_MAX = 64 * 1024 * 1024
 """The same bound in bytes: a batch tells of up to CHANGES_PER_CALL_MAX changes."""
+KV_EVENT_TOKENS_BYTES_MAX = 256 * 1024 * 1024
+"""Tokens of blocks kept for KV events, where they are published: of some 800,000 blocks of 16 tokens."""
+BLOCK_TOKENS_MAX = 4096
+"""Tokens of one block, where a message carries them; vLLM's blocks have 16 to 1024."""
 BLOCKS_LISTED_MAX = 4096
 """Slots looked at for one page of a listing or one slice of a sweep: some milliseconds, in which no look-up is answered."""
 BLOCKS_VERIFIED_MAX = 256
@@ -152,6 +165,13 @@ FACT_CHARS_MAX = 1024
 CAPABILITIES_MAX = 32
 HOLDS_MAX = 256
 COMMAND_SECONDS_DEFAULT = 60.0
+RELEASE_SECONDS_DEFAULT = 30.0
+"""What the end of a pause waits for a coordinator that is away, before it says that its hold is still there."""
+ATTACH_ANSWER_SECONDS_MAX = 10.0
+"""What an attached vLLM server may take for a question of state; a pause or an update takes what it takes."""
+ATTACH_STEP_SECONDS_MAX = 600.0
+"""A step of an attached engine (a pause that waits for requests, a change of weights) that takes longer has failed."""
+ATTACH_ANSWER_BYTES_MAX = 4 * 1024 * 1024
 ENGINE_START_SECONDS_MAX = 600.0
 ENGINE_RESTARTS_PER_MINUTE_MAX = 3
 PART_START_SECONDS_MAX = 60.0
@@ -172,6 +192,18 @@ RECONNECT_SECONDS_MIN = 0.02
 RECONNECT_SECONDS_MAX = 1.0
 FRONT_GRACE_SECONDS = 10.0
 """How long an engine computes for a front whose connection is gone: a front is restarted and back within a few."""
+NOTE_BYTES_MAX = 1024 * 1024
+"""What a front leaves with an engine about one request; a longer one is left out, and dies with the front."""
+HELD_BYTES_PER_CALL = 4 * 1024 * 1024
+"""Of prompts and notes that an engine tells a front's new life at a time: a sixteenth of what a channel may have waiting."""
+KEPT_REQUESTS_BYTES_MAX = 1 << 30
+"""The requests of one engine or front on disk while the fleet is suspended; 4,096 of 8,192 tokens take 170 MB."""
+TAKE_UP_SECONDS_MAX = 60.0
+"""How long a stream whose front has died waits for its client, while the fleet runs; a suspended fleet stops this clock."""
+RECOVERY_SECONDS_MAX = FRONT_GRACE_SECONDS
+"""How long a front waits, while the fleet runs, for the engine that had a request of its last life."""
+KEEP_RETRY_SECONDS = 1.0
+"""Between two tries to write what a disk did not take, and between two rewrites."""
 TOKENS_PER_FRAME_MAX = 8192
 """Tokens that an engine puts into one frame: with 20 logprobs each they still fit into FRAME_BYTES_MAX."""
 REFUSED_SECONDS = 0.05
@@ -192,6 +224,16 @@ LOCKSTEP_STEP_SECONDS = 5.0
 LOCKSTEP_SECONDS_PER_TOKEN = 0.02
 """A step's deadline: five seconds and 20 ms a token, so that an 8k prefill on two cores is not taken for a freeze."""
 LOCKSTEP_FENCE_SECONDS_MAX = 5.0
+LOCKSTEP_BEAT_SECONDS = 0.5
+"""How often a leader looks at its deadline, and says again what some rank has not reported."""
+LOCKSTEP_SILENCE_SECONDS_MAX = 15.0
+"""A rank that is asked for something while no step runs, and whose loop is not heard for so long: its group is ended."""
+LOCKSTEP_CALL_SECONDS_MAX = 30.0
+"""What a rank has for taking a request in or handing it out, which it does between two steps."""
+LOCKSTEP_COLLECTIVE_SECONDS_MAX = 3600.0
+"""gloo's own time-out: it only has to be longer than any step's deadline, which is the leader's."""
+LOCKSTEP_BLAME_SECONDS = 0.25
+"""A rank's collective failed: how long another rank's exit, the likelier cause, is waited for before it is named."""
 
 # --- snapshots ---------------------------------------------------------------------------------------------------
 SNAPSHOT_SCOPES_MAX = 4096
@@ -253,6 +295,8 @@ LANE_CONNECTIONS_MAX = 4
 LANE_HELLO_BYTES_MAX = 1024
 GREETINGS_MAX = 1024
 """Connections of lanes that have not said who they are; one more is closed at once."""
+HANDSHAKES_AT_ONCE_MAX = 256
+"""Peers of one engine whose endpoints are being opened at a time; the others wait for their turn."""
 ENDPOINTS_MAX = 2048
 """Endpoints of one engine; above it those that nobody uses are retired (SIEVE)."""
 SEGMENT_RELEASE_SECONDS_MAX = 5.0
@@ -271,6 +315,10 @@ PEER_BLOCKS_COMING_MAX = 4096
 PEER_FETCH_BLOCKS_MAX = 256
 """Blocks in one read from another node; also bounded by DISK_READ_BYTES of staging."""
 PEER_FETCH_SECONDS_MAX = 1.0
+PEER_REMOVE_SECONDS_MAX = 50.0
+"""For every other node to take a tenant's blocks away, and as long as nobody takes them back up from one that did not."""
+PEER_REMOVALS_MAX = 1024
+"""Removals under way that one node knows of."""
 DIRECTORY_PEERS_MAX = 16384
 DIRECTORY_LEASE_SECONDS = 15.0
 """How long the coordinator lists a peer that does not announce itself again."""

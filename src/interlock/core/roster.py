@@ -22,6 +22,9 @@ from interlock.core.errors import LocalProtocolError
 from interlock.core.identity import Epoch
 from interlock.core.targets import State
 
+WHY_CHARS_MAX = 400
+"""Of one member's reason, in the message of a command that failed for it."""
+
 
 class Sight(StrEnum):
     """What the coordinator knows of a life; SUSPECT and LOST stand in for the member's own word in `Member.state`."""
@@ -210,9 +213,13 @@ def condition(
         waiting = ", ".join(names[Outcome.WAITING])
         return Condition(judged, done=False, ok=False, message=f"waiting for {waiting} to be {target}")
     faults = [
+        f"{record.name} failed on the way: {(record.failed or '')[:WHY_CHARS_MAX]}"
+        for record, o in judged
+        if o is Outcome.FAILED
+    ]
+    faults += [
         text.format(", ".join(names[of]))
         for of, text in (
-            (Outcome.FAILED, "{} failed on the way"),
             (Outcome.WAITING, "{} did not get there by the deadline"),
             (Outcome.UNKNOWN, "{} cannot be seen"),
         )

@@ -105,21 +105,22 @@ Event = JoinCompleted | JoinFailed | ProcessReported | ProcessGone | WriterGone 
 # --- effects -----------------------------------------------------------------------------------------------------
 
 
-class Publish(msgspec.Struct, frozen=True):
+class Publish(msgspec.Struct, frozen=True, gc=False):
     """Enter the block into the index. The slot belongs to the index from now on."""
 
     key: bytes
     slot: int
-    checksums: tuple[int, ...] = ()
+    checksums: bytes = b""
+    """Packed (core/packed_sums)."""
 
 
-class FreeSlot(msgspec.Struct, frozen=True):
+class FreeSlot(msgspec.Struct, frozen=True, gc=False):
     """Nobody can touch this slot any more: it may be given out."""
 
     slot: int
 
 
-class ReleaseKey(msgspec.Struct, frozen=True):
+class ReleaseKey(msgspec.Struct, frozen=True, gc=False):
     """This session no longer stands in the way of writing this key."""
 
     key: bytes
@@ -234,7 +235,7 @@ def _publish(session: Session) -> tuple[Session, tuple[Effect, ...]]:
     assert session.outcome is not None
     assert not session.holders
     effects: list[Effect] = []
-    sums = session.outcome.checksums or ((),) * len(session.keys)
+    sums = session.outcome.checksums or (b"",) * len(session.keys)
     for key, slot, good, checksums in zip(
         session.keys, session.slots, session.outcome.good, sums, strict=True
     ):

@@ -123,6 +123,10 @@ class Files(Protocol):
         """Temporary file, fsync, rename, fsync of the directory: after return a crash leaves old or new, never half."""
         ...
 
+    def set_aside(self, path: Path) -> Path:
+        """Renames a file that cannot be used to a name of its own beside it, durably; returns that name."""
+        ...
+
     def remove(self, path: Path) -> None:
         """Removes a file or an empty directory; nothing if there is none."""
         ...

@@ -19,6 +19,8 @@ from interlock.core.limits import BULK_THREADS_MAX
 
 READABLE = select.EPOLLIN | select.EPOLLRDHUP
 WRITABLE = select.EPOLLOUT
+HANGUP = select.EPOLLRDHUP
+"""Its end alone: bytes wake nobody."""
 NOTHING = 0
 Ready = Callable[[], None]
 """Called when the socket is ready; it arms its descriptor again, by `arm`."""

@@ -35,11 +35,13 @@ class RealFiles:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
             raise
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        _sync_directory(path.parent)
+
+    def set_aside(self, path: Path) -> Path:
+        aside = path.with_name(f"{path.name}.unreadable-{os.urandom(4).hex()}")
+        os.rename(path, aside)
+        _sync_directory(path.parent)
+        return aside
 
     def remove(self, path: Path) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -63,6 +65,14 @@ class RealFiles:
             )
 
 
+def _sync_directory(path: Path) -> None:
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
 class AppendFile:
     """Lines appended to one file, each by one write, so that lines of several processes do not mix."""
 
@@ -79,3 +89,33 @@ class AppendFile:
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
+
+
+class RotatingFile:
+    """Lines appended to one file that is set aside when it has `lines_max`, in place of the one set aside before.
+
+    Each file begins with the line `header`. The file at `path` is there already, with its header and `lines` more.
+    """
+
+    def __init__(self, path: Path, header: bytes, *, lines: int, lines_max: int) -> None:
+        self._path, self._header, self._lines, self._lines_max = path, header, lines, lines_max
+        self._file = AppendFile(path)
+
+    @staticmethod
+    def older(path: Path) -> Path:
+        """Where a full file is set aside."""
+        return path.with_name(f"{path.stem}.1{path.suffix}")
+
+    def append(self, line: bytes) -> None:
+        """Raises `OSError` (disk full) and `ValueError` after `close`."""
+        if self._lines >= self._lines_max:
+            self._file.close()
+            os.rename(self._path, self.older(self._path))
+            self._file = AppendFile(self._path)
+            self._file.append(self._header)
+            self._lines = 0
+        self._file.append(line)
+        self._lines += 1
+
+    def close(self) -> None:
+        self._file.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from interlock.core.limits import PIECES_PER_CALL_MAX
 
 Iovecs = npt.NDArray[np.uint64]
 """Shape (n, 2): address, length in bytes."""
+COPY_LOOK_BYTES = 1024 * 1024
 _libc = ctypes.CDLL(None, use_errno=True)
 _memmove = _libc.memmove
 _memmove.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
@@ -41,6 +43,19 @@ def address_of(view: memoryview) -> int:
 def copy_memory(to: int, source: int, count: int) -> None:
     """memcpy without the interpreter's lock."""
     _memmove(to, source, count)
+
+
+def copy_pieces(into: Iovecs, origins: npt.NDArray[np.uint64], stopped: Callable[[], bool]) -> bool:
+    """`copy_memory` of each piece; False: it stopped before the last, having looked after every COPY_LOOK_BYTES or piece."""
+    left, move = COPY_LOOK_BYTES, _memmove
+    for to, count, origin in zip(into[:, 0].tolist(), into[:, 1].tolist(), origins.tolist(), strict=True):
+        if left <= 0:
+            if stopped():
+                return False
+            left = COPY_LOOK_BYTES
+        move(to, origin, count)
+        left -= count
+    return True
 
 
 def view_of(address: int, count: int) -> memoryview:

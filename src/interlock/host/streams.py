@@ -43,6 +43,11 @@ class SocketStream:
         self._peer = describe_peer(sock, address)
         self._loop = asyncio.get_running_loop()
         self._buffer = bytearray()
+        self._wanted = 0
+        self._armed = False
+        """Whether the loop calls `_on_readable`."""
+        self._end: EOFError | ConnectionError | None = None
+        """Why nothing more comes."""
         self._fds: list[int] = []
         self._sending = asyncio.Lock()
         self._readable: asyncio.Future[None] | None = None
@@ -73,20 +78,31 @@ class SocketStream:
         # The buffer grows with what arrived, not with what a length promised.
         while len(self._buffer) < count:
             self._check_open()
-            wanted = max(RECEIVE_BYTES, min(count - len(self._buffer), 16 * RECEIVE_BYTES))
-            try:
-                data = receive(self._sock, wanted, self._fds)
-            except BlockingIOError:
+            if self._end is not None:
+                raise self._end
+            self._wanted = count
+            if self._armed or not self._fill():
                 await self._wait_readable()
-                continue
-            except OSError as error:
-                raise broken(error) from error
-            if not data:
-                raise EOFError(f"{self._peer.address}: the peer closed the connection")
-            self._buffer += data
         taken = bytes(memoryview(self._buffer)[:count])
         del self._buffer[:count]
         return taken
+
+    def _fill(self) -> bool:
+        """Takes what has arrived, or its end; False when nothing has."""
+        wanted = max(RECEIVE_BYTES, min(self._wanted - len(self._buffer), 16 * RECEIVE_BYTES))
+        try:
+            data = receive(self._sock, wanted, self._fds)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            self._end = broken(error)
+        else:
+            self._buffer += data
+            if not data:
+                self._end = EOFError(f"{self._peer.address}: the peer closed the connection")
+        if self._end is not None:
+            self._disarm()
+        return True
 
     def take_fds(self) -> list[int]:
         taken, self._fds = self._fds, []
@@ -101,7 +117,7 @@ class SocketStream:
         if self._closed:
             return
         self._closed = True
-        self._loop.remove_reader(self._sock.fileno())
+        self._disarm()
         self._loop.remove_writer(self._sock.fileno())
         for waiter in (self._readable, self._writable):
             if waiter is not None and not waiter.done():
@@ -116,15 +132,30 @@ class SocketStream:
 
     async def _wait_readable(self) -> None:
         assert self._readable is None, "one task reads a stream at a time"
-        fd = self._sock.fileno()
+        if not self._armed:
+            self._armed = True
+            self._loop.add_reader(self._sock.fileno(), self._on_readable)
         self._readable = waiter = self._loop.create_future()
-        self._loop.add_reader(fd, _wake, waiter)
         try:
             await waiter
         finally:
             self._readable = None
-            if not self._closed:
-                self._loop.remove_reader(fd)
+
+    def _on_readable(self) -> None:
+        """Reads here, so that a message costs no arming and disarming; ahead of its reader only up to a bound."""
+        waiter = self._readable
+        waited_for = waiter is not None and not waiter.done()
+        # The next descriptors come only when those here were taken: each reader counts its own.
+        if not waited_for and (self._fds or len(self._buffer) >= RECEIVE_BYTES):
+            self._disarm()
+        elif self._fill() and waited_for and (self._end is not None or len(self._buffer) >= self._wanted):
+            assert waiter is not None
+            waiter.set_result(None)
+
+    def _disarm(self) -> None:
+        if self._armed:
+            self._armed = False
+            self._loop.remove_reader(self._sock.fileno())
 
     async def _wait_writable(self) -> None:
         fd = self._sock.fileno()

@@ -23,7 +23,10 @@ from interlock.wire.framing import HEADER_BYTES, decode_envelope, encode_frame, 
 from interlock.wire.hello import check_token, check_user, hello_frame, judge_hello, read_answer, read_hello
 from interlock.wire.identity import Identity, KnownPeers
 
-__all__ = ["Channel", "Received", "connect_channel", "serve_channels"]
+__all__ = ["Channel", "Received", "Secure", "connect_channel", "serve_channels"]
+
+Secure = Callable[[Stream], Awaitable[Stream]]
+"""Puts a fresh stream under encryption (host/stream_tls). Closes it, and raises `ConnectionError`, where that fails."""
 
 RAISES_MAX = 8
 """How often one connect raises its incarnation: more means that lives of this name start faster than we connect."""
@@ -40,8 +43,13 @@ async def connect_channel(
     deadline_s: float,
     token: bytes = b"",
     known: KnownPeers | None = None,
+    leased: bool = True,
+    secure: Secure | None = None,
 ) -> Channel:
     """A channel to whoever serves `address`, greeted within `deadline_s` seconds from now.
+
+    `leased`: it ends when the peer answers no heartbeat for SILENCE_SECONDS_MAX; without, only by what the machine says, for
+    peers whose exit is seen and whose silence is judged elsewhere.
 
     `accept` is the union of bodies that this side understands; `known`, where given, refuses servers of an old life.
     Raises `ConnectionError` (nobody there, or it does not know us), `TimeoutError`, `StaleError` when this life is over,
@@ -52,11 +60,13 @@ async def connect_channel(
         async with asyncio.timeout(deadline_s):
             for _ in range(RAISES_MAX):
                 stream = await host.connect(address)
+                if secure is not None:
+                    stream = await secure(stream)
                 try:
                     peer = await _greet(stream, address, me, role, token)
                     if peer is not None:
                         _refuse_old(peer, known)
-                        return Channel(host, stream, Conversation(me, peer, accept, known), "", leased=True)
+                        return Channel(host, stream, Conversation(me, peer, accept, known), "", leased=leased)
                 except BaseException:
                     stream.close()
                     raise
@@ -99,6 +109,7 @@ async def serve_channels(
     on_channel: Callable[[Channel], Awaitable[None]],
     token: bytes = b"",
     known: KnownPeers | None = None,
+    secure: Secure | None = None,
 ) -> Listener:
     """Runs `on_channel` for each peer that was greeted; the channel is closed when it returns.
 
@@ -106,7 +117,8 @@ async def serve_channels(
     Raises `LocalProtocolError` for TCP without a token, `OSError` when the address cannot be had.
     """
     check_token(address, token)
-    service = _Service(host, me, accept, on_channel, token, known if known is not None else KnownPeers())
+    known = known if known is not None else KnownPeers()
+    service = _Service(host, me, accept, on_channel, token, known, secure)
     return await host.listen(address, service.serve)
 
 
@@ -119,9 +131,10 @@ class _Service:
         on_channel: Callable[[Channel], Awaitable[None]],
         token: bytes,
         known: KnownPeers,
+        secure: Secure | None,
     ) -> None:
         self._host, self._me, self._accept, self._on_channel = host, me, accept, on_channel
-        self._token, self._known = token, known
+        self._token, self._known, self._secure = token, known, secure
 
     async def serve(self, stream: Stream) -> None:
         channel = await self._admit(stream)
@@ -138,6 +151,8 @@ class _Service:
         try:
             async with asyncio.timeout(HELLO_SECONDS_MAX):
                 check_user(stream.peer)
+                if self._secure is not None:
+                    stream = await self._secure(stream)
                 return await self._greet(stream)
         except TimeoutError:
             _log.warning(

@@ -50,7 +50,7 @@ BURST_MESSAGES = 64
 """With so many waiting, a sender lets the writer run first: a burst from one task is not yet a slow reader."""
 
 
-class Received(msgspec.Struct, frozen=True):
+class Received(msgspec.Struct, frozen=True, gc=False):
     """One message of the peer. `answers` is the number that `send` returned for what it answers, or 0.
 
     A `Fault` that answers a plain `send` arrives so too. `fds` belong to whoever takes the message.
@@ -141,6 +141,10 @@ class Channel:
         elif len(self._outbox) > BURST_MESSAGES:
             await self._clock.sleep_s(0)
         return number
+
+    def post(self, body: msgspec.Struct) -> int:
+        """As `send` without descriptors, for who cannot await. Raises `ChannelClosed`, `LocalProtocolError`."""
+        return self._enqueue(body, 0, ())[0]
 
     async def request(self, body: msgspec.Struct, timeout_s: float) -> Any:
         """The answer's body. Raises `ChannelFault` when the peer refused, `TimeoutError`, `ChannelClosed`.

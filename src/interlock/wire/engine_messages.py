@@ -7,14 +7,14 @@ from typing import Annotated
 import msgspec
 
 from interlock.core.identity import Epoch
-from interlock.core.limits import LOGPROBS_MAX, REQUESTS_IN_FLIGHT_MAX
+from interlock.core.limits import LOGPROBS_MAX, NOTE_BYTES_MAX, REQUESTS_IN_FLIGHT_MAX
 
 
-class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    pass
+class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True, gc=False):
+    """`gc=False`, here and below: they refer to no cycle, and a collector that never looks at them costs their tokens nothing."""
 
 
-class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, gc=False):
     """Sampling parameters by vLLM's names and meanings. Stop strings are not here: text is made by the front."""
 
     max_tokens: int
@@ -40,17 +40,19 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class Dispatch(Message, frozen=True):
     """Generate. `attempt` fences: what an earlier attempt still says is dropped by the front.
 
-    `prompt` are token ids; on a continuation the tokens already delivered stand at its end, and `sampling` is restated
+    `prompt` are token ids, packed (`token_ids`); on a continuation the tokens already delivered stand at its end, and `sampling` is restated
     for the remainder. `cache_salt` separates tenants and weights versions in every prefix cache.
     """
 
     request: str
     attempt: int
     epoch: Epoch
-    prompt: list[int]
+    prompt: bytes
     sampling: Sampling
     cache_salt: str
     priority: int = 0
+    note: Annotated[bytes, msgspec.Meta(max_length=NOTE_BYTES_MAX)] = b""
+    """The front's own: what it needs besides to own this request again after its death. The engine keeps it, no more."""
 
 
 class Abort(Message, frozen=True):
@@ -63,6 +65,19 @@ class Acknowledge(Message, frozen=True):
 
     request: str
     attempt: int
+
+
+class End(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One attempt that is over."""
+
+    request: str
+    attempt: int
+
+
+class AcknowledgeAll(Message, frozen=True):
+    """`Acknowledge` for each of these: the ends that one frame of tokens told of."""
+
+    ends: Annotated[list[End], msgspec.Meta(max_length=REQUESTS_IN_FLIGHT_MAX)]
 
 
 class Cursor(msgspec.Struct, frozen=True, array_like=True):
@@ -84,10 +99,35 @@ class Resume(Message, frozen=True):
     streams: Annotated[list[Cursor], msgspec.Meta(max_length=REQUESTS_IN_FLIGHT_MAX)]
 
 
+class Recover(Message, frozen=True):
+    """Before the first `Resume` of a front's new life: what is here of its earlier ones, after the first `after`? Answered by one
+    `Held` a request and `HeldAll`; nothing else happens until then."""
+
+    after: Annotated[int, msgspec.Meta(ge=0)] = 0
+
+
 # --- engine -> front ---------------------------------------------------------------------------------------------
 
 
-class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+class Held(Message, frozen=True):
+    """One request of an earlier life of this front, as it was dispatched, with the tokens made so far counted."""
+
+    request: str
+    attempt: int
+    prompt: bytes
+    """Packed, as it was dispatched."""
+    tokens: int
+    note: bytes
+
+
+class HeldAll(Message, frozen=True):
+    """So many have been told by now; if there are `more`, ask again after them."""
+
+    requests: int
+    more: bool = False
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Log-probability of the sampled token, and of the most likely ones (token id, logprob), best first."""
 
     logprob: float
@@ -95,7 +135,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top: list[tuple[int, float]]
 
 
-class Delta(msgspec.Struct, frozen=True, array_like=True):
+class Delta(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """New tokens of one request. `start` counts tokens of this attempt before them: a gap or a repeat shows.
 
     `finish`: "" while it goes on, else "stop" (end token or stop id), "length", "abort", "error".
@@ -129,5 +169,5 @@ class Refused(Message, frozen=True):
     epoch: Epoch
 
 
-FromFront = Dispatch | Abort | Acknowledge | Resume
-FromEngine = Tokens | Refused
+FromFront = Dispatch | Abort | Acknowledge | AcknowledgeAll | Resume | Recover
+FromEngine = Tokens | Refused | Held | HeldAll

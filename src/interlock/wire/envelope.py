@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 
-class Envelope(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class Envelope(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
     """The header of one frame. `body` is decoded only after the header was judged: stale senders cost nothing.
 
     `number` counts the sender's messages on this connection from 1; `answers` is the number of the peer's message that

@@ -11,7 +11,14 @@ from typing import Annotated
 import msgspec
 
 from interlock.core.identity import Epoch
-from interlock.core.limits import CAPABILITIES_MAX, FACT_CHARS_MAX, HOLDS_MAX, MEMBERS_MAX, NAME_CHARS_MAX
+from interlock.core.limits import (
+    CAPABILITIES_MAX,
+    EVENTS_PER_CALL_MAX,
+    FACT_CHARS_MAX,
+    HOLDS_MAX,
+    MEMBERS_MAX,
+    NAME_CHARS_MAX,
+)
 
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=NAME_CHARS_MAX)]
 
@@ -27,7 +34,7 @@ class EngineFacts(msgspec.Struct, frozen=True):
     """What does not change in an engine's life; fronts need it to route and to validate."""
 
     address: Annotated[str, msgspec.Meta(max_length=FACT_CHARS_MAX)]
-    """Where fronts connect."""
+    """Where fronts connect; empty: nowhere. An attached engine is asked by others, not by our fronts."""
     model: Annotated[str, msgspec.Meta(max_length=FACT_CHARS_MAX)]
     """Identity of the weights' content and configuration; equal models give equal tokens."""
     max_model_tokens: int
@@ -42,6 +49,14 @@ class Load(msgspec.Struct, frozen=True):
     running: int = 0
     waiting: int = 0
     kv_used_share: float = 0.0
+
+
+class Memory(msgspec.Struct, frozen=True):
+    """What all processes of one engine held when it was last measured (PSS), and how much of it its last SUSPEND gave back."""
+
+    resident_bytes: int = 0
+    given_back_bytes: int = 0
+    """0 while it is not suspended."""
 
 
 class MemberReport(Message, frozen=True):
@@ -62,6 +77,7 @@ class MemberReport(Message, frozen=True):
     the answer to a lower epoch."""
     failed: str | None = None
     """Why the last step towards `epoch` failed; it is not repeated before a higher epoch."""
+    memory: Memory | None = None
 
 
 # --- coordinator -> engine ---------------------------------------------------------------------------------------
@@ -107,6 +123,14 @@ class WatchMembership(Message, frozen=True):
     over: Annotated[list[LifeOver], msgspec.Meta(max_length=MEMBERS_MAX)] = []
     """Lives that this front saw to end or saw succeeded: a coordinator that forgot them must not take an older one (a clock that
     stepped back, a state directory lost) for a member, which no front would believe."""
+    keeps: bool = False
+    """It keeps its requests on disk over a suspension: the fleet is SUSPENDED when it has, at that epoch."""
+    kept: Epoch | None = None
+    """The epoch of SUSPENDED at which its requests are on disk."""
+    trouble: Annotated[str, msgspec.Meta(max_length=FACT_CHARS_MAX)] = ""
+    """Why they are not."""
+    trouble_at: Epoch | None = None
+    """The epoch at which that was so: what was asked for later is tried anew."""
 
 
 class Member(msgspec.Struct, frozen=True):
@@ -119,6 +143,7 @@ class Member(msgspec.Struct, frozen=True):
     standing: bool
     version: str | None
     load: Load = Load()
+    memory: Memory | None = None
 
 
 class Membership(Message, frozen=True):
@@ -129,6 +154,8 @@ class Membership(Message, frozen=True):
     members: Annotated[list[Member], msgspec.Meta(max_length=MEMBERS_MAX)]
     weights: Annotated[str, msgspec.Meta(max_length=FACT_CHARS_MAX)] = ""
     kv: str = "recompute"
+    weights_known: bool = True
+    """False from UPDATE until every engine has them, and after one that failed."""
 
 
 # --- launcher -> coordinator -------------------------------------------------------------------------------------
@@ -180,6 +207,7 @@ class MemberProgress(msgspec.Struct, frozen=True):
     incarnation: int
     state: str
     outcome: str
+    memory: Memory | None = None
 
 
 class CommandProgress(Message, frozen=True):
@@ -192,6 +220,70 @@ class CommandProgress(Message, frozen=True):
 
 class GetStatus(Message, frozen=True):
     pass
+
+
+class GetCommand(Message, frozen=True):
+    """What became of the command of this id? Answered by `CommandReport`, or a `Fault` ("unknown_command")."""
+
+    command_id: Name
+    owner: str = ""
+    """Empty: whoever gave it."""
+
+
+class CommandReport(Message, frozen=True):
+    """One command, under way or ended. The members of one that ended are known to the coordinator that ended it only."""
+
+    owner: Name
+    command_id: Name
+    command: str
+    wanted: str
+    """The fleet's state that it waits for, or waited for."""
+    left_seconds: float
+    """Until its deadline; 0 once it is over."""
+    progress: CommandProgress
+
+
+# --- what has happened: coordinator -> whoever looks ---------------------------------------------------------------
+
+
+class Happened(msgspec.Struct, frozen=True):
+    """One event. `number` counts within one ring, from 1, without a gap."""
+
+    number: int
+    wall_ns: int
+    name: str
+    fields: dict[str, str | int | float | bool | None]
+
+
+class GetEvents(Message, frozen=True):
+    """What has happened after number `after` of the ring `ring`? Waits up to `wait_seconds` where nothing has."""
+
+    after: int = 0
+    ring: str = ""
+    """Whose numbers these are; empty: whatever ring there is."""
+    wait_seconds: float = 0.0
+
+
+class Events(Message, frozen=True):
+    """Oldest first, EVENTS_PER_CALL_MAX at most: ask again after the last one."""
+
+    ring: str
+    events: Annotated[list[Happened], msgspec.Meta(max_length=EVENTS_PER_CALL_MAX)]
+    last: int
+    """The newest number there is."""
+    missed: int = 0
+    """Events after the one asked for that are not kept any more."""
+    gap: str = ""
+    """Why what was asked for is not what follows: in words, empty where nothing is missing."""
+
+
+class GetMetrics(Message, frozen=True):
+    """The coordinator has no port of its own: fronts pass its metrics on."""
+
+
+class MetricsText(Message, frozen=True):
+    text: str
+    """Prometheus' exposition."""
 
 
 # --- transfer engines <-> coordinator: who is where -----------------------------------------------------------------
@@ -218,6 +310,8 @@ class PeerAddress(Message, frozen=True):
 
 FromEngine = MemberReport
 FromFront = WatchMembership
-FromAdmin = Command | GetStatus | MemberGone
-ToCoordinator = MemberReport | WatchMembership | MemberGone | Command | GetStatus | Announce | FindPeer
+Question = GetStatus | GetCommand | GetEvents | GetMetrics
+FromAdmin = Command | Question | MemberGone
+ToCoordinator = MemberReport | WatchMembership | MemberGone | Command | Question | Announce | FindPeer
+ToAdmin = CommandAccepted | CommandProgress | CommandReport | Membership | Events | MetricsText
 FromCoordinator = Target | Membership | CommandAccepted | CommandProgress

@@ -1,37 +1,43 @@
 """What store clients and a store node say to each other. One question, one answer; a `Fault` is always a possible answer.
 
 Keys are 32-byte block keys (`core/prefixes`). Slots are numbers in the slab of one node incarnation. Checksums are
-unsigned 64-bit integers, one per (layer group, KV head) of the shard they came from, group by group (core/layouts); where a
-look-up's answer has thousands of them they are packed into bytes (core/packed_sums).
+unsigned 64-bit integers, one per (layer group, KV head) of the shard they came from, group by group (core/layouts); they
+travel packed into bytes (core/packed_sums): a look-up's answer and a rank's report have thousands of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import msgspec
 
 from interlock.core.layouts import KVLayout, Shard
 from interlock.core.limits import (
+    BLOCK_TOKENS_MAX,
     BLOCKS_LISTED_MAX,
     BLOCKS_PER_CALL_MAX,
     BLOCKS_VERIFIED_MAX,
     CHANGES_PER_CALL_MAX,
-    CHECKSUMS_PER_BLOCK_MAX,
     JOIN_SECONDS_MAX,
-    LAYER_GROUPS_MAX,
     TENANT_CHARS_MAX,
     WATCH_SECONDS_MAX,
 )
-from interlock.core.packed_sums import SUM_BYTES, unpack_sums
+from interlock.wire.locations import (
+    SLOT_BYTES,
+    Cuts,
+    Locations,
+    Stretch,
+    Sums,
+    pack_slots,
+    stretches_of,
+)
 
 Key = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 Keys = Annotated[list[Key], msgspec.Meta(max_length=BLOCKS_PER_CALL_MAX)]
+Tokens = Annotated[bytes, msgspec.Meta(max_length=4 * BLOCK_TOKENS_MAX)]
 Tenant = Annotated[str, msgspec.Meta(max_length=TENANT_CHARS_MAX)]
 HexPrefix = Annotated[str, msgspec.Meta(max_length=64, pattern="^[0-9a-f]*$")]
-Checksums = Annotated[list[int], msgspec.Meta(max_length=CHECKSUMS_PER_BLOCK_MAX)]
-Sums = Annotated[bytes, msgspec.Meta(max_length=SUM_BYTES * CHECKSUMS_PER_BLOCK_MAX)]
-Cuts = Annotated[list[int], msgspec.Meta(max_length=LAYER_GROUPS_MAX)]
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -81,12 +87,17 @@ class StartWrite(Message, frozen=True):
     """Against whose quota the blocks count; the salt of their keys is the caller's own affair."""
     wait_s: Annotated[float, msgspec.Meta(ge=0.0, le=JOIN_SECONDS_MAX)] = 0.0
     """How long to wait for keys that another session is writing, before the answer; 0: they are left to it at once."""
+    tokens: Annotated[list[Tokens], msgspec.Meta(max_length=BLOCKS_PER_CALL_MAX)] = msgspec.field(
+        default_factory=list
+    )
+    """`tokens[i]` are those of block i alone, unsigned 32-bit integers, little-endian, or empty bytes. Sent only to a node
+    that `wants_tokens`; empty: none are told."""
 
 
 class Report(Message, frozen=True):
     """I will not touch the slots of this session again; this is what became of each granted block, in grant order.
 
-    `checksums[i]` covers what this rank wrote of block i (empty where `good[i]` is false).
+    `checksums[i]` covers what this rank wrote of block i, packed (empty where `good[i]` is false).
     """
 
     session: str
@@ -95,7 +106,7 @@ class Report(Message, frozen=True):
     node_incarnation: int
     slab: int
     good: Annotated[list[bool], msgspec.Meta(max_length=BLOCKS_PER_CALL_MAX)]
-    checksums: Annotated[list[Checksums], msgspec.Meta(max_length=BLOCKS_PER_CALL_MAX)]
+    checksums: Annotated[list[Sums], msgspec.Meta(max_length=BLOCKS_PER_CALL_MAX)]
 
 
 class AbortWrite(Message, frozen=True):
@@ -127,7 +138,10 @@ class Clear(Message, frozen=True):
 
 class Remove(Message, frozen=True):
     """Administrator's verb: forget the blocks of `tenant` (what is being written for him included), or those whose key
-    begins with these hexadecimal digits, or those that both are said of, or just `keys`. Done in slices."""
+    begins with these hexadecimal digits, or those that both are said of, or just `keys`. Done in slices.
+
+    All but `keys` is done at the node's peers, too, or the blocks would come back from there: `Done.missed` are the peers
+    that did not answer, which have to be asked again."""
 
     tenant: Tenant | None = None
     prefix: HexPrefix = ""
@@ -189,28 +203,35 @@ class Attached(Message, frozen=True):
     slab_bytes: int
     slot_bytes: int
     slots: int
-
-
-class Location(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """Where a published block stands: its slot, and, packed, the checksum of every (layer group, head) of the canonical layout."""
-
-    slot: int
-    sums: Sums
-    cuts: Cuts = msgspec.field(default_factory=list)
-    """Layers at which its layer groups after the first begin: its writers' pipeline, not the reader's."""
-
-    @property
-    def checksums(self) -> tuple[int, ...]:
-        return unpack_sums(self.sums)
+    wants_tokens: bool = False
+    """Whether this node publishes what tokens its blocks stand for."""
 
 
 class Matched(Message, frozen=True):
-    """The first `len(locations)` keys can be read. `slab` says of which slab the slots are."""
+    """The first `len(locations)` keys can be read. `slab` says of which slab the slots are. In columns (wire/locations)."""
 
     slab: int
-    locations: Annotated[list[Location], msgspec.Meta(max_length=BLOCKS_PER_CALL_MAX)]
+    slots: Annotated[bytes, msgspec.Meta(max_length=SLOT_BYTES * BLOCKS_PER_CALL_MAX)] = b""
+    sums: bytes = b""
+    stretches: Annotated[list[Stretch], msgspec.Meta(max_length=BLOCKS_PER_CALL_MAX)] = msgspec.field(
+        default_factory=list
+    )
     coming: int = 0
     """So many further keys are on their way from disk: whoever asks again soon is told where they are."""
+
+    def __post_init__(self) -> None:
+        """Raises `ValueError` when the columns do not go together."""
+        Locations(self.slots, self.sums, self.stretches)
+
+    @classmethod
+    def at(
+        cls, slab: int, slots: Sequence[int], sums: Sequence[bytes], cuts: Sequence[Cuts], coming: int = 0
+    ) -> Matched:
+        return cls(slab, pack_slots(slots), b"".join(sums), stretches_of(sums, cuts), coming)
+
+    @property
+    def locations(self) -> Locations:
+        return Locations(self.slots, self.sums, self.stretches)
 
 
 class Grant(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -294,6 +315,10 @@ class Done(Message, frozen=True):
     """Heard and done. `count` says how many things it concerned."""
 
     count: int = 0
+    missed: Annotated[list[str], msgspec.Meta(max_length=BLOCKS_PER_CALL_MAX)] = msgspec.field(
+        default_factory=list
+    )
+    """Nodes that did not answer, where the other nodes had to do it, too."""
 
 
 class Stats(Message, frozen=True):
