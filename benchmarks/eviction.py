@@ -277,6 +277,10 @@ class Chosen(LeafARC):
         self.inherited = super().evict(key)
         return self.inherited
 
+    def touch(self, keys: Sequence[Key]) -> None:  # type: ignore[override]
+        if keys:
+            super().touch(keys[-1])
+
     def release(self, key: Key, _: int = 0) -> None:
         super().release(key, self.inherited)
         self.inherited = 0

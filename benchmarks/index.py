@@ -32,9 +32,8 @@ def chain(rng: random.Random, length: int) -> list[bytes]:
 def save(shelf: Shelf, layout: int, keys: list[bytes]) -> int:
     parents = [b"", *keys[:-1]]
     slots = shelf.take_slots(layout, parents)
-    for key, parent, slot in zip(keys, parents, slots, strict=False):
-        shelf.publish(Block(key, parent, layout, slot, bytes(8)))
-        shelf.release(layout, parent)
+    blocks = zip(keys, parents, slots, strict=False)
+    shelf.publish([Block(key, parent, layout, slot, bytes(8)) for key, parent, slot in blocks])
     return len(slots)
 
 

@@ -67,6 +67,7 @@ class Ours:
 
     def __init__(self, address: str, size: int, count: int, *, checksums: bool) -> None:
         self.store = Store.open(address, layout_of(size), name="on" if checksums else "off", verify=checksums)
+        self.store.wait_warm(PATIENCE_S)  # as the others' memory is from their first round on
         self.source = np.random.default_rng(size).integers(0, 256, (count, size), dtype=np.uint8)
         self.into = np.zeros((count, size), dtype=np.uint8)
         self.count, self.keys = count, fresh_keys(count)

@@ -16,9 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from interlock.cli.main import main
+from interlock.cli import serve as serving
+from interlock.cli import store_peers
+from interlock.cli.errors import Usage
+from interlock.cli.main import main, make_parser
+from interlock.cli.processes import decode_config
 from interlock.core.layouts import KVLayout
 from interlock.store.api import Store
+from interlock.store.main import StoreConfig
 
 LAYOUT = KVLayout(layers=2, heads=4, block_tokens=4, content=32, dtype="float32")
 PATIENCE_S = 30.0
@@ -186,3 +191,74 @@ def test_a_token_that_others_read_or_could_guess_is_refused(
     status = main(["store", "run", "--address", f"unix:{tmp_path}/s", "--state-dir", f"{tmp_path}/d", *words])
     assert status == 1
     assert sentence in capsys.readouterr().err
+
+
+def fleet(words: list[str], directory: Path, **more: Any) -> serving.Asked:
+    parsed = make_parser().parse_args(["serve", "a-model", *words])
+    return serving.Asked(
+        model=directory,
+        architecture="any",
+        served_name="any",
+        kinds=["transformers"],
+        tensor_parallel=1,
+        host="127.0.0.1",
+        port=1,
+        store_bytes=1 << 20,
+        store_name=parsed.store_name,
+        peers=store_peers.config_of_fleet(parsed),
+        api_key=None,
+        vllm_arguments=[],
+        **more,
+    )
+
+
+def test_a_served_fleets_node_is_told_of_its_peers_and_its_secrets_stay_in_the_run_directory(
+    tmp_path: Path,
+) -> None:
+    token = tmp_path / "token"
+    token.touch(0o600)
+    token.write_text("x" * 32)
+    tls = [word.replace("--peers-tls", "--store-tls") for word in make_certificates(tmp_path)]
+    words = [
+        "--store-listen",
+        "tcp:10.0.0.5:7400",
+        "--store-peer",
+        "b=tcp:10.0.0.6:7400",
+        "--store-name",
+        "a",
+    ]
+    asked = fleet([*words, "--store-token-file", str(token), *tls], tmp_path)
+    run = tmp_path / "run"
+    run.mkdir()
+    part = serving.make_plan(asked, run, "sha256:x").store
+    config = decode_config(part.config, StoreConfig)  # what the node's process reads
+    assert config.name == "a"
+    assert config.peers == asked.peers
+    assert config.peers is not None
+    assert (config.peers.address, config.peers.peers) == ("tcp:10.0.0.5:7400", {"b": "tcp:10.0.0.6:7400"})
+    assert config.peers.token == b"x" * 32
+    assert config.peers.tls is not None
+
+
+def test_a_served_fleet_is_alone_unless_it_is_told_otherwise(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    config = decode_config(serving.make_plan(fleet([], tmp_path), run, "sha256:x").store.config, StoreConfig)
+    assert (config.name, config.peers) == ("store", None)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--store-peer", "b=tcp:10.0.0.6:7400"], "--store-listen"),
+        (["--store-listen", "tcp:10.0.0.5:7400", "--store-peer", "b=tcp:10.0.0.6:7400"], "token"),
+        (["--store-listen", "unix:/p", "--store-peer", "b"], "where is b"),
+        (["--store-listen", "unix:/p", "--store-peer", "store=unix:/q"], "own name"),
+        (["--store-listen", "unix:/p", "--store-tls-key", "k"], "--store-tls-certificate"),
+    ],
+)
+def test_a_served_fleets_peers_that_cannot_be_had_are_refused_in_a_sentence(
+    words: list[str], sentence: str, tmp_path: Path
+) -> None:
+    with pytest.raises(Usage, match=sentence):
+        fleet(words, tmp_path)

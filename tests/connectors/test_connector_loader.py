@@ -13,7 +13,7 @@ from interlock.connectors.vllm.metadata import LoadTask
 from interlock.core.limits import LOAD_SECONDS_MAX
 from interlock.store.client import MatchResult
 from interlock.store.rank_slots import GOOD, LATE, MISMATCH
-from interlock.wire.store_messages import Location
+from interlock.wire.locations import Location
 
 
 def task(attempt: int, blocks: int = 2) -> LoadTask:

@@ -17,7 +17,9 @@ from interlock.connectors.vllm.scheduler import SchedulerSide
 from interlock.core.layouts import KVLayout
 from interlock.store.client import MatchResult, WriteGrant
 from interlock.store.keys import KeyChain, ModelSalt
-from interlock.wire.store_messages import Grant, Location
+from interlock.store.told_tokens import unpack_tokens
+from interlock.wire.locations import Location
+from interlock.wire.store_messages import Grant
 
 LAYOUT = KVLayout(layers=2, heads=2, block_tokens=4, content=8, dtype="float32")
 SHAPE = EngineShape(layout=LAYOUT, ranks=1, name="e", life="l", model="m", revision=None, variant=())
@@ -34,6 +36,8 @@ class ScriptedStore:
         self.writes: list[list[bytes]] = []
         self.parents: list[bytes] = []
         self.withdrawn: list[tuple[bytes, int]] = []
+        self.wants_tokens = False
+        self.tokens: list[bytes] = []
 
     def match(self, keys: Sequence[bytes]) -> MatchResult | None:
         self.asked.append(list(keys))
@@ -47,10 +51,16 @@ class ScriptedStore:
         return MatchResult(SLAB, locations)
 
     def start_write(
-        self, session: str, attempt: int, keys: Sequence[bytes], parents: Sequence[bytes]
+        self,
+        session: str,
+        attempt: int,
+        keys: Sequence[bytes],
+        parents: Sequence[bytes],
+        *,
+        tokens: Sequence[bytes] = (),
     ) -> WriteGrant | None:
         self.writes.append(list(keys))
-        self.parents = list(parents)
+        self.parents, self.tokens = list(parents), list(tokens)
         if self.away:
             return None
         missing = [i for i, key in enumerate(keys) if key not in self.present]
@@ -285,17 +295,48 @@ def test_two_requests_that_complete_one_prefix_in_one_step_save_it_once(
     assert task.block_ids == engine.tables["a"][:3]
 
 
-def test_after_reset_cache_live_requests_neither_read_nor_save_and_new_ones_do(
+def test_the_tokens_of_each_block_are_told_to_a_store_that_publishes_them_and_to_no_other(
+    engine: Engine, store: ScriptedStore
+) -> None:
+    engine.add("a", PROMPT)
+    engine.step(a=14)
+    assert store.tokens == []
+    store.wants_tokens = True
+    other = [9, *PROMPT[1:]]
+    engine.add("b", other)
+    engine.add("c", other)
+    (task,) = engine.step(b=14, c=14).saves
+    assert [unpack_tokens(each) for each in store.tokens] == [
+        other[at : at + LAYOUT.block_tokens] for at in range(0, len(other), LAYOUT.block_tokens)
+    ][: len(task.keys)]
+
+
+def test_after_reset_cache_live_requests_neither_read_nor_save_and_new_ones_do_under_another_name(
     engine: Engine, store: ScriptedStore
 ) -> None:
     store.present |= set(keys_of(PROMPT))
     old = engine.add("old", PROMPT)
     engine.side.forget_lookups()
     assert engine.side.matched_tokens(old, 0) == 0
+    new = engine.add("new", PROMPT)
+    assert engine.side.matched_tokens(new, 0) == 0, "what is there was made by weights that may be no more"
     store.present.clear()
     assert engine.step(old=14).saves == []
-    engine.add("new", PROMPT)
-    assert len(engine.step(new=14).saves) == 1
+    (saved,) = engine.step(new=14).saves
+    assert not set(saved.keys) & set(keys_of(PROMPT))
+    store.present |= set(saved.keys)
+    assert engine.side.matched_tokens(engine.add("third", PROMPT), 0) > 0, "its own are hit"
+    engine.side.forget_lookups()
+    assert engine.side.matched_tokens(engine.add("fourth", PROMPT), 0) == 0, "until they change again"
+
+
+def test_dropped_caches_say_nothing_where_every_request_names_its_weights(store: ScriptedStore) -> None:
+    side = SchedulerSide(SHAPE, SALTS, store, weights_in_salt=True)  # type: ignore[arg-type]
+    store.present |= set(keys_of(PROMPT))
+    side.forget_lookups()
+    later = request("later", PROMPT)
+    side.track(later)
+    assert side.matched_tokens(later, 0) > 0
 
 
 def test_salts_keep_tenants_versions_adapters_images_and_models_apart(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from interlock.core.packed_sums import pack_sums
 from interlock.host.memory import create_memory
 from interlock.store.mapping import MappedSlab
 from interlock.store.rank_slots import FOREIGN, GOOD, LATE, MISMATCH, runs
-from interlock.wire.store_messages import Location
+from interlock.wire.locations import Location
 
 LAYOUT = KVLayout(layers=3, heads=4, block_tokens=8, content=16, dtype="float32")
 BLOCKS = 12
@@ -264,15 +264,12 @@ def grid_save(memory: MappedSlab, full: torch.Tensor, engine: EngineShape) -> li
         if shard.area:
             layers = part(full, engine.stage_of(rank), engine.heads_of(rank))
             sums = stored(grid_mover(engine, rank, layers), memory, KEYS, SLOTS, FROM)
-            events.append(joins.Report(name, rank, (True,) * len(KEYS), tuple(map(tuple, sums))))
+            events.append(joins.Report(name, rank, (True,) * len(KEYS), tuple(map(pack_sums, sums))))
     state, effects = joins.Join(name), ()  # type: tuple[joins.Join, tuple[Any, ...]]
     for event in events:
         state, effects = joins.transition(state, event)
     (completed,) = effects
-    return [
-        Location(slot, pack_sums(sums), list(layout.cuts))
-        for slot, sums in zip(SLOTS, completed.checksums, strict=True)
-    ]
+    return [Location(slot, sums, layout.cuts) for slot, sums in zip(SLOTS, completed.checksums, strict=True)]
 
 
 @pytest.mark.parametrize("saving", [(1, 1), (2, 1), (2, 2), (3, 4), (1, 8), (2, 8)])

@@ -26,6 +26,7 @@ from interlock.store.main import slab_number
 from interlock.store.node import Node
 from interlock.wire.blocking import BlockingChannel
 from interlock.wire.identity import load_identity, passing_identity
+from interlock.wire.locations import as_list
 from interlock.wire.store_messages import Attach, GetStats, NodeMessage
 
 LAYOUT = KVLayout(layers=2, heads=4, block_tokens=4, content=32, dtype="float32")
@@ -133,7 +134,9 @@ class RankProcess:
 
     def say(self, verb: str, *arguments: Any) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps([verb, json.loads(msgspec.json.encode(arguments))]) + "\n")
+        self.process.stdin.write(
+            json.dumps([verb, json.loads(msgspec.json.encode(arguments, enc_hook=as_list))]) + "\n"
+        )
         self.process.stdin.flush()
 
     def hear(self) -> Any:

@@ -57,7 +57,7 @@ class Engine:
     def report(self, session: str, rank: int, good: list[bool], attempt: int = 1) -> None:
         member = self.members[rank + 1]
         heads = member.shard.head_stop - member.shard.head_start
-        sums = [[7] * heads if ok else [] for ok in good]
+        sums = [bytes([7]) * (8 * heads) if ok else b"" for ok in good]
         self.store.report(
             member, Report(session, attempt, rank, SLAB.node_incarnation, SLAB.slab, good, sums)
         )

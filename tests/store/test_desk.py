@@ -233,7 +233,7 @@ def test_a_frozen_writer_above_the_share_is_ended_where_that_is_allowed_and_its_
 ) -> None:
     monkeypatch.setattr(blocks_module, "FROZEN_WRITER_SECONDS", 0.2)
     node = rig.node(join_s=0.3)
-    node.look(lambda n: setattr(n, "_end_frozen_writers", ends))
+    node.look(lambda n: setattr(n._witness, "_end_frozen_writers", ends))
     keys, parents = tools.make_keys(40)
     frozen, other = rig.rank(), rig.rank(engine="other")
     scheduler = rig.scheduler()
@@ -255,7 +255,7 @@ def test_a_slow_writer_below_the_share_is_left_alone(
 ) -> None:
     monkeypatch.setattr(blocks_module, "FROZEN_WRITER_SECONDS", 0.0)
     node = rig.node(join_s=0.1)
-    node.look(lambda n: setattr(n, "_end_frozen_writers", True))
+    node.look(lambda n: setattr(n._witness, "_end_frozen_writers", True))
     keys, parents = tools.make_keys(10)
     rank, scheduler = rig.rank(), rig.scheduler()
     grant = scheduler.start_write("s", 1, keys, parents)

@@ -64,7 +64,7 @@ def test_a_slot_reused_since_the_look_up_is_a_miss(rig: Any, tools: Any) -> None
     tools.save(scheduler, [rank], "s", keys, parents)
     match = scheduler.match(keys)
     others, their_parents = tools.make_keys(16, start=1000)
-    tools.save(scheduler, [rank], "t", others, their_parents)
+    tools.save(scheduler, [rank], "t", others, their_parents, fill=77)
     assert match.locations[0].slot in {where.slot for where in scheduler.match(others).locations}
     assert rank.read(match, keys) == [None]
     assert scheduler.match(keys).locations == []

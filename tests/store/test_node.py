@@ -79,9 +79,9 @@ def test_a_block_that_one_rank_failed_is_not_published_and_its_neighbours_are(ri
     [
         ({"rank": 1}, "wrong_rank"),
         ({"good": [True]}, "bad_report"),
-        ({"checksums": [[1]]}, "bad_report"),
-        ({"checksums": [[1, 2, 3], [1, 2, 3, 4]]}, "bad_report"),
-        ({"checksums": [[1, 2, 3, -4], [1, 2, 3, 4]]}, "bad_report"),
+        ({"checksums": [bytes(8)]}, "bad_report"),
+        ({"checksums": [bytes(3 * 8), bytes(4 * 8)]}, "bad_report"),
+        ({"checksums": [bytes(4 * 8 - 1), bytes(4 * 8)]}, "bad_report"),
         ({"node_incarnation": 7}, "stale_slab"),
         ({"slab": 7}, "stale_slab"),
         ({"session": ""}, "bad_session"),
@@ -98,7 +98,7 @@ def test_an_impossible_report_is_refused_and_harms_nothing(
     keys, parents = tools.make_keys(2)
     grant = scheduler.start_write("s", 1, keys, parents)
     words = {"session": "s", "attempt": 1, "rank": 0, "node_incarnation": grant.node_incarnation,
-             "slab": grant.slab, "good": [True, True], "checksums": [[1, 2, 3, 4]] * 2}  # fmt: skip
+             "slab": grant.slab, "good": [True, True], "checksums": [bytes(4 * 8)] * 2}  # fmt: skip
     with pytest.raises(ChannelFault) as fault:
         channel.request(Report(**{**words, **change}), 5)
     assert fault.value.code == code
@@ -293,9 +293,10 @@ def test_a_killed_scheduler_ends_its_sessions_and_ranks_still_hold_their_slots(r
     node = rig.node(join_s=60)
     scheduler, rank = rig.scheduler_process(), rig.rank()
     keys, parents = tools.make_keys(2)
-    answer = scheduler.start_write("s", 1, keys, parents)
+    tries = ((f"s{n}", scheduler.start_write(f"s{n}", 1, keys, parents)) for n in range(100))
+    name, answer = next(one for one in tries if one[1] is not None)  # a busy machine may be late for one
     grant = WriteGrant(
-        "s", 1, answer["node_incarnation"], answer["slab"], [Grant(*g) for g in answer["grants"]]
+        name, 1, answer["node_incarnation"], answer["slab"], [Grant(*g) for g in answer["grants"]]
     )
     scheduler.kill()
     tools.eventually(lambda: node.slots()["quarantined"] == 2, "the session ends with its writer")
@@ -337,7 +338,7 @@ def test_a_broken_connection_is_no_exit(rig: Any, tools: Any) -> None:
     assert node.slots()["writing"] == 2
     second = rig.channel()
     second.request(attach, 5)
-    second.request(Report("s", 1, 0, grant.node_incarnation, grant.slab, [True] * 2, [[1, 2, 3, 4]] * 2), 5)
+    second.request(Report("s", 1, 0, grant.node_incarnation, grant.slab, [True] * 2, [bytes(4 * 8)] * 2), 5)
     assert len(scheduler.match(keys).locations) == 2
 
 

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from interlock.core import limits
+from interlock.core.errors import ChannelFault
 from interlock.core.layouts import KVLayout
 from interlock.core.prefixes import KeySalt, chain_keys
 from interlock.host.real import RealHost
 from interlock.membership.directory import StaticDirectory
+from interlock.store import peers
 from interlock.store.checksums import Binding, block_checksums, verify_block
 from interlock.store.main import slab_number
 from interlock.store.node import Node
 from interlock.transfer.engine import LaneOptions, TransferEngine
 from interlock.wire.channel import Channel, connect_channel
 from interlock.wire.identity import Identity, passing_identity
-from interlock.wire.store_messages import Location, Match, Matched, NodeMessage
+from interlock.wire.locations import Location
+from interlock.wire.store_messages import Done, Match, Matched, NodeMessage, Remove
 
 LAYOUT = KVLayout(layers=2, heads=4, block_tokens=4, content=32, dtype="float32")
 SALT = KeySalt(model="m", dtype="float32", layout_digest=LAYOUT.digest())
@@ -238,3 +244,105 @@ async def test_a_peer_that_is_gone_and_back_is_followed_again(tmp_path: Path) ->
     assert all(other.good(key, at) for key, at in zip(keys, found, strict=True))
     await again.close()
     await other.close()
+
+
+async def remove(host: Host, **what: str) -> Done:
+    return await host.channel.request(Remove(**what), 10.0)
+
+
+async def test_a_tenant_removed_at_one_node_is_gone_at_its_peers_and_does_not_come_back(
+    two: tuple[Host, Host],
+) -> None:
+    one, other = two
+    ann, bob = keys_of(0, 6), keys_of(1000, 4)
+    one.save(ann, 1, "ann")
+    one.save(bob, 2, "bob")
+    await known(other, [*ann, *bob])
+    assert len(await other.match_all(ann[:3])) == 3, "it is at both nodes now"
+    done = await remove(other, tenant="ann")
+    assert (done.count, done.missed) == (9, [])
+    for host in two:
+        assert not await host.match_all(ann)
+    assert len(await other.match_all(bob)) == 4, "another's blocks still come up"
+    one.save(ann, 5, "ann")
+    await known(other, ann)
+    assert len(await other.match_all(ann)) == 6, "what is stored after a removal is served like anything else"
+
+
+async def test_a_block_that_is_coming_while_its_tenant_is_removed_does_not_arrive_after_the_broom(
+    two: tuple[Host, Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = two
+    ann = keys_of(0, 4)
+    one.save(ann, 1, "ann")
+    await known(other, ann)
+    begun, go_on = threading.Event(), threading.Event()
+    rebind_all = peers._rebind_all
+
+    def slowly(*args: Any) -> Any:
+        begun.set()
+        assert go_on.wait(10)
+        return rebind_all(*args)
+
+    monkeypatch.setattr(peers, "_rebind_all", slowly)
+    assert (await other.match(ann)).coming == 4
+    assert await asyncio.to_thread(begun.wait, 10)
+    removing = asyncio.create_task(remove(other, tenant="ann"))
+    async with asyncio.timeout(10):
+        while len(one.node.store):
+            await asyncio.sleep(0.005)
+    done, _ = await asyncio.wait({removing}, timeout=0.2)
+    assert not done, "it is not over while a block of the tenant may still arrive"
+    go_on.set()
+    assert (await removing).missed == []
+    async with asyncio.timeout(10):
+        while other.node.peers._coming:
+            await asyncio.sleep(0.005)
+    assert not await other.match_all(ann)
+    assert len(other.node.store) == 0
+
+
+async def test_a_peer_that_does_not_answer_a_removal_is_named_and_nothing_is_taken_up_from_it(
+    two: tuple[Host, Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = two
+    ann = keys_of(0, 4)
+    one.save(ann, 1, "ann")
+    await known(other, ann)
+
+    async def deaf(*_: Any) -> Any:
+        await asyncio.sleep(3600)
+
+    monkeypatch.setattr(one.node.peers.removal, "heard", deaf)
+    monkeypatch.setattr(limits, "PEER_REMOVE_SECONDS_MAX", 0.3)
+    done = await remove(other, tenant="ann")
+    assert done.missed == ["one"]
+    monkeypatch.setattr(limits, "PEER_REMOVE_SECONDS_MAX", 50.0)
+    await known(other, ann)
+    assert not other.node.store.under_way(ann[0])
+    for key in ann:
+        assert other.node.peers.removal.holds(key, "ann")
+        assert not other.node.peers.removal.holds(key, "bob")
+    assert len(one.node.store) == 4
+
+
+async def test_a_removal_by_the_first_digits_of_keys_reaches_peers_and_one_of_single_keys_does_not(
+    two: tuple[Host, Host],
+) -> None:
+    one, other = two
+    keys = keys_of(0, 4)
+    one.save(keys, 1)
+    await known(other, keys)
+    assert (await other.channel.request(Remove(keys=keys), 10.0)).count == 0
+    assert len(one.node.store) == 4
+    assert (await remove(other, prefix=keys[1].hex()[:20])).count == 1
+    assert keys[1] not in one.node.store.shelf
+    assert len(one.node.store) == 3
+
+
+async def test_a_removal_by_nothing_is_refused_before_any_peer_is_asked(two: tuple[Host, Host]) -> None:
+    one, other = two
+    one.save(keys_of(0, 2), 1)
+    with pytest.raises(ChannelFault, match="name keys, a tenant"):
+        await remove(other)
+    assert len(one.node.store) == 2

@@ -34,8 +34,7 @@ class Books:
         parents = [b"", *keys[:-1]]
         slots = self.shelf.take_slots(number, parents, tenant)
         for key, parent, slot in zip(keys, parents, slots, strict=False):
-            self.shelf.publish(Block(key, parent, number, slot, b"", tenant))
-            self.shelf.release(number, parent, tenant)
+            self.shelf.publish([Block(key, parent, number, slot, b"", tenant)])
         self.shelf.check_integrity()
         return len(slots)
 

@@ -51,7 +51,7 @@ def test_what_some_ranks_saved_any_others_load_byte_for_byte(
     for other in loading:
         their_scheduler, their_ranks, _ = engine(rig, *other)
         match = their_scheduler.match(keys)
-        assert [location.cuts for location in match.locations] == [list(cuts_of(STAGES[saving[0]]))] * 3
+        assert [location.cuts for location in match.locations] == [cuts_of(STAGES[saving[0]])] * 3
         assert [rank.read_shard(match, keys, FILL) for rank in their_ranks] == [[True] * 3] * len(their_ranks)
         assert their_ranks[0].read_shard(match, keys, FILL + 1) == [False] * 3, "the comparison can fail"
 

@@ -99,6 +99,11 @@ def _add_run_options(run_node: argparse.ArgumentParser) -> None:
         help="publish changes as vLLM's KV events at tcp://127.0.0.1:PORT or ipc:///PATH",
     )
     run_node.add_argument(
+        "--kv-events-tokens",
+        action="store_true",
+        help="tell the tokens of what engines save in those events, for routers that name blocks by tokens; whoever reads the events reads the prompts",
+    )
+    run_node.add_argument(
         "--kv-events-replay", metavar="ENDPOINT", help="answer there who missed some of those events"
     )
     store_peers.add_options(run_node)
@@ -169,6 +174,7 @@ async def _serve(arguments: argparse.Namespace) -> int:
         end_frozen_writers=arguments.end_frozen_writers,
         kv_events=arguments.kv_events,
         kv_events_replay=arguments.kv_events_replay,
+        kv_events_tokens=arguments.kv_events_tokens,
         name=arguments.name,
         peers=store_peers.config_of(arguments),
     )
@@ -287,8 +293,16 @@ async def _rm(client: AsyncStoreClient, arguments: argparse.Namespace) -> int:
         gone = await client.clear()
     else:
         gone = await client.remove(tenant=arguments.tenant, prefix=arguments.prefix)
-    _say(json.dumps({"removed": gone}) if arguments.json else f"{gone} blocks forgotten")
-    return 0
+    missed = client.last_missed
+    if arguments.json:
+        _say(json.dumps({"removed": gone, "missed": missed}))
+    else:
+        _say(f"{gone} blocks forgotten")
+        if missed:
+            _say(
+                f"these nodes did not answer: {', '.join(missed)}; say it again when they are back, for what they have could return"
+            )
+    return 1 if missed else 0
 
 
 ASKING: dict[str, Callable[[AsyncStoreClient, argparse.Namespace], Coroutine[Any, Any, int]]] = {

@@ -29,17 +29,18 @@ from interlock.core.prefixes import KEY_BYTES
 from interlock.host.blocking import BlockingHost
 from interlock.host.threads import Lock, monotonic_s
 from interlock.store.asking import Asker, StoreAway, StoreError, StoreRefused
-from interlock.store.buffers import Array, Bytes, bytes_of, split
+from interlock.store.buffers import Array, Bytes, Parts, bytes_of, split
 from interlock.store.checksums import verify_block
+from interlock.store.copying import SlotCopier, by_two, copy_and_check
 from interlock.store.keeper import Link
 from interlock.store.putting import Putter
 from interlock.wire.identity import Identity, passing_identity
+from interlock.wire.locations import Location
 from interlock.wire.store_messages import (
     Attach,
     Clear,
     Done,
     GetStats,
-    Location,
     Match,
     Matched,
     Pin,
@@ -145,6 +146,13 @@ class Store:
         """Ends the connection. Pins end with the process, or at their deadline. Idempotent."""
         self._keeper.close()
 
+    def wait_warm(self, timeout_s: float) -> bool:
+        """Whether all of the slab is mapped into this process within `timeout_s`, so that no copy meets a page fault.
+
+        It is done in the background from `open` on, a second for some ten gigabytes, and nothing needs to wait for it.
+        """
+        return self._node.link().rank_slab.warm.wait(timeout_s)
+
     def counts(self) -> dict[str, int]:
         """How often what happened here since `open`: `bad_blocks`, `link_broken`, `breaker_open`, …"""
         return self._node.counts()
@@ -214,46 +222,52 @@ class Store:
         size = self.layout.block_bytes
         if out is None:
             made = np.empty((len(locations), size), dtype=np.uint8)
-            found = self._read(link, keys, locations, list(made))
+            found = self._read(link, keys, locations, made)
             return made[:found]
         parts = split(out, len(keys), size, writable=True)
         found = self._read(link, keys, locations, parts)
         return np.empty((found, 0), dtype=np.uint8)
 
-    def _match(self, keys: Sequence[bytes], deadline_s: float) -> tuple[Link, list[Location]]:
+    def _match(self, keys: Sequence[bytes], deadline_s: float) -> tuple[Link, Sequence[Location]]:
         _check_keys(keys)
         link = self._node.link()
-        found: list[Location] = []
+        found: Sequence[Location] = []
         for start in range(0, len(keys), limits.BLOCKS_PER_CALL_MAX):
             asked = list(keys[start : start + limits.BLOCKS_PER_CALL_MAX])
             answer = self._node.ask(link, Match(asked), Matched, deadline_s)
             if answer.slab != link.slab:
                 raise StoreAway("the store was restarted during a look-up", retryable=True)
-            found += answer.locations
-            if len(answer.locations) < len(asked):
+            part = answer.locations
+            found = [*found, *part] if found else part
+            if len(part) < len(asked):
                 break
         return link, found
 
-    def _read(
-        self, link: Link, keys: Sequence[bytes], locations: Sequence[Location], parts: Sequence[Bytes]
-    ) -> int:
+    def _read(self, link: Link, keys: Sequence[bytes], locations: Sequence[Location], parts: Parts) -> int:
         """Copies, then checks the copy; the number of blocks before the first that is not what was saved."""
         slab = link.rank_slab
-        memory = np.frombuffer(slab.view, dtype=np.uint8)
-        for index, (key, location) in enumerate(zip(keys, locations, strict=False)):
-            at, part = slab.offset(location.slot), parts[index]
-            part[:] = memory[at : at + len(part)]
-            if self._verify and not verify_block(
-                slab.binding(key, location.slot),
-                self.layout,
-                part.data,
-                location.checksums,
-                cuts=location.cuts,
-            ):
-                self._node.count("bad_blocks")
-                self._keeper.promise(link.slab, Withdraw([key], [location.slot]))
-                return index
-        return len(locations)
+        copier = SlotCopier(slab)
+        slots = [location.slot for location in locations]
+        bad: list[int] = []
+
+        def fetch(some: range) -> None:
+            copier.get(slots[some.start : some.stop], parts, some)
+
+        def check(some: range) -> None:
+            for i in some if not bad else ():
+                found, binding = locations[i], slab.binding(keys[i], slots[i])
+                if not verify_block(binding, self.layout, parts[i].data, found.checksums, cuts=found.cuts):
+                    bad.append(i)
+                    return
+
+        if self._verify:
+            copy_and_check(len(slots), self.layout.block_bytes, fetch, check, copied_first=True)
+        else:
+            by_two(len(slots), self.layout.block_bytes, fetch)
+        for i in bad:
+            self._node.count("bad_blocks")
+            self._keeper.promise(link.slab, Withdraw([keys[i]], [slots[i]]))
+        return min(bad, default=len(slots))
 
     # --- the rest ------------------------------------------------------------------------------------------------
 
@@ -278,9 +292,19 @@ class Store:
         prefix: str = "",
         timeout_s: float = SECONDS_DEFAULT,
     ) -> int:
-        """Forgets these blocks, or all of a tenant, or all whose key begins with these hex digits; how many there were."""
+        """Forgets these blocks, or all of a tenant, or all whose key begins with these hex digits; how many there were.
+
+        All but single keys leave the node's peers, too. Raises `StoreAway` naming those that did not answer: call again.
+        """
         _check_keys(keys)
-        return self._node.say(Remove(tenant, prefix, list(keys)), Done, timeout_s).count
+        done = self._node.say(Remove(tenant, prefix, list(keys)), Done, timeout_s)
+        if done.missed:
+            raise StoreAway(
+                f"removed here and at the other peers, but not at {', '.join(done.missed)}, which did not answer",
+                retryable=True,
+                hint="say it again when they are back: what they have could return",
+            )
+        return done.count
 
     def clear(self, *, timeout_s: float = SECONDS_DEFAULT) -> int:
         """Forgets every block that was published before; how many."""

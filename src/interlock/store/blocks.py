@@ -300,10 +300,10 @@ class BlockStore:
         parent, layout, slot, tenant = self._promoting.pop(key)
         if checksums is None:
             self.shelf.free(slot)
+            self.shelf.release(layout, parent, tenant)
         else:
-            self.shelf.publish(Block(key, parent, layout, slot, pack_sums(checksums), tenant))
+            self.shelf.publish([Block(key, parent, layout, slot, pack_sums(checksums), tenant)])
             self.counters["promoted"] += 1
-        self.shelf.release(layout, parent, tenant)
 
     def under_way(self, key: bytes) -> bool:
         """Whether somebody is writing that block."""
@@ -385,10 +385,7 @@ class BlockStore:
             raise RemoteProtocolError(
                 f"rank {message.rank} reports {len(message.good)} blocks and checksums of {len(message.checksums)}"
             )
-        if any(not 0 <= value < 1 << 64 for sums in message.checksums for value in sums):
-            raise RemoteProtocolError(f"rank {message.rank} reports a checksum that has not 64 bits")
-        checksums = tuple(map(tuple, message.checksums))
-        return joins.Report(name, message.rank, tuple(message.good), checksums)
+        return joins.Report(name, message.rank, tuple(message.good), tuple(message.checksums))
 
     def _obey_join(self, name: JoinName, effects: Sequence[joins.Effect]) -> None:
         for effect in effects:
@@ -421,17 +418,7 @@ class BlockStore:
         ):
             for slot in after.slots:
                 self.slots.move(slot, QUARANTINED)
-        for effect in effects:
-            match effect:
-                case sessions.Publish():
-                    self._publish(effect)
-                case sessions.FreeSlot():
-                    self.shelf.free(effect.slot)
-                case sessions.ReleaseKey():
-                    parent, layout, tenant = self._writing.pop(effect.key)
-                    self.shelf.release(layout, parent, tenant)
-        if effects:
-            self.on_keys_settled()
+        self._obey_session(effects)
         if after is None or after.phase in (sessions.Phase.PUBLISHED, sessions.Phase.FREED):
             life = self._lives.pop(name, None)
             if life is not None:
@@ -439,13 +426,30 @@ class BlockStore:
                 if not self._by_life[life]:
                     del self._by_life[life]
 
-    def _publish(self, effect: sessions.Publish) -> None:
-        parent, layout, tenant = self._writing[effect.key]
-        assert effect.key not in self.shelf, "a key under way was published by somebody else"
-        block = Block(effect.key, parent, layout, effect.slot, pack_sums(effect.checksums), tenant)
-        self.shelf.publish(block)
-        self.counters["published"] += 1
-        self.on_publish(block)
+    def _obey_session(self, effects: Sequence[sessions.Effect]) -> None:
+        """What is published is published first and together: its holds on parents go from the writer to the block."""
+        blocks: dict[bytes, Block] = {}
+        for effect in effects:
+            if isinstance(effect, sessions.Publish):
+                key = effect.key
+                parent, layout, tenant = self._writing[key]
+                assert key not in self.shelf, "a key under way was published by somebody else"
+                blocks[key] = Block(key, parent, layout, effect.slot, effect.checksums, tenant)
+        published = list(blocks.values())
+        if published:
+            self.shelf.publish(published)
+            self.counters["published"] += len(published)
+        for effect in effects:
+            if isinstance(effect, sessions.ReleaseKey):
+                parent, layout, tenant = self._writing.pop(effect.key)
+                if effect.key not in blocks:
+                    self.shelf.release(layout, parent, tenant)
+            elif isinstance(effect, sessions.FreeSlot):
+                self.shelf.free(effect.slot)
+        for block in published:
+            self.on_publish(block)
+        if effects:
+            self.on_keys_settled()
 
     # --- what is seen from outside -------------------------------------------------------------------------------
 

@@ -16,6 +16,8 @@ from interlock.core.errors import LocalProtocolError
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 Array = Any
 """Bytes-like, a NumPy array, a torch tensor on the CPU, or anything with `__dlpack__`."""
+Parts = list[Bytes] | Bytes
+"""One block's bytes by index: memory of their own each, or the rows of one array."""
 
 
 def bytes_of(array: Array, *, writable: bool = False) -> Bytes:
@@ -29,10 +31,8 @@ def bytes_of(array: Array, *, writable: bool = False) -> Bytes:
     return flat
 
 
-def split(
-    arrays: Array | Sequence[Array], count: int, block_bytes: int, *, writable: bool = False
-) -> list[Bytes]:
-    """`count` views of one block each: of a sequence of arrays, or of one array whose first axis counts blocks.
+def split(arrays: Array | Sequence[Array], count: int, block_bytes: int, *, writable: bool = False) -> Parts:
+    """One block's bytes by index: a list of views of a sequence of arrays, or `[count, block_bytes]` of one array.
 
     Raises `LocalProtocolError` when their number or a size is another.
     """
@@ -44,7 +44,7 @@ def split(
             raise LocalProtocolError(
                 f"{count} blocks take {count * block_bytes} bytes, this array has {len(whole)}"
             )
-        parts = list(whole.reshape(count, block_bytes)) if count else []
+        return whole.reshape(count, block_bytes)
     if len(parts) != count:
         raise LocalProtocolError(f"{count} keys and {len(parts)} arrays do not go together")
     for index, part in enumerate(parts):

@@ -7,7 +7,7 @@ what is repeated then changes nothing, for of each key only its last change coun
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 
 import msgspec
@@ -43,7 +43,7 @@ class ChangeLog:
         self.last = 0
         """The number of the newest change; 0 before the first."""
         self.listeners: list[Callable[[], None]] = []
-        """Called after each change, at once and briefly."""
+        """Called after changes, at once and briefly."""
 
     @property
     def oldest(self) -> int:
@@ -51,8 +51,12 @@ class ChangeLog:
         return max(1, self.last - len(self._ring) + 1)
 
     def append(self, change: Change) -> None:
-        self.last += 1
-        self._ring[self.last % len(self._ring)] = change
+        self.extend([change])
+
+    def extend(self, changes: Sequence[Change]) -> None:
+        for change in changes:
+            self.last += 1
+            self._ring[self.last % len(self._ring)] = change
         for listener in self.listeners:
             listener()
 

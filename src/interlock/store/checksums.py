@@ -12,7 +12,8 @@ xxh3 finds accidents, not forgers: writers are processes of the same user. It le
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import lru_cache
 
 import msgspec
 import xxhash
@@ -86,9 +87,7 @@ def block_checksums(
     """
     stop = layout.heads if head_stop is None else head_stop
     layers = (layer_start, layout.layers if layer_stop is None else layer_stop)
-    return list(
-        _sums(binding, layout, data, (head_start, stop), layers, layout.cuts if cuts is None else cuts)
-    )
+    return _sums(binding, layout, data, (head_start, stop), layers, layout.cuts if cuts is None else cuts)
 
 
 def verify_block(
@@ -114,8 +113,7 @@ def verify_block(
         return False
     groups = groups_within(layout.layers, where, *layers)
     found = _sums(binding, layout, data, (head_start, stop), layers, where)
-    wanted = (checksums[g * layout.heads + head] for g in groups for head in range(head_start, stop))
-    return all(value == want for value, want in zip(found, wanted, strict=True))
+    return found == [checksums[g * layout.heads + head] for g in groups for head in range(head_start, stop)]
 
 
 def _sums(
@@ -125,18 +123,30 @@ def _sums(
     heads: tuple[int, int],
     layers: tuple[int, int],
     cuts: Sequence[int],
-) -> Iterator[int]:
+) -> list[int]:
     view = memoryview(data).cast("B")
-    size, each = layout.layer_bytes, (layers[1] - layers[0]) * layout.layer_bytes
+    each = (layers[1] - layers[0]) * layout.layer_bytes
     if len(view) != (heads[1] - heads[0]) * each:
         raise ValueError(
             f"heads {heads[0]} to {heads[1]} of layers {layers[0]} to {layers[1]} take {(heads[1] - heads[0]) * each} "
             f"bytes, these are {len(view)}"
         )
-    base, spans = binding.base(), layer_groups(layout.layers, cuts)
-    for group in groups_within(layout.layers, cuts, *layers):
+    base, digest = binding.base(), xxhash.xxh3_64_intdigest
+    return [
+        digest(view[start:stop], seed=(base + step) & _SEED_MASK)
+        for start, stop, step in _pieces(layout.layer_bytes, layout.layers, heads, layers, tuple(cuts))
+    ]
+
+
+@lru_cache(maxsize=64)
+def _pieces(
+    layer_bytes: int, total: int, heads: tuple[int, int], layers: tuple[int, int], cuts: tuple[int, ...]
+) -> list[tuple[int, int, int]]:
+    """Of each (layer group, head): where its bytes begin and end, and what `seed_of` adds for it. The same for every block."""
+    spans, each, found = layer_groups(total, cuts), (layers[1] - layers[0]) * layer_bytes, []
+    for group in groups_within(total, cuts, *layers):
         first, last = spans[group]
         for index, head in enumerate(range(*heads)):
-            at = index * each + (first - layers[0]) * size
-            piece = view[at : at + (last - first) * size]
-            yield xxhash.xxh3_64_intdigest(piece, seed=seed_of(base, head, first))
+            at = index * each + (first - layers[0]) * layer_bytes
+            found.append((at, at + (last - first) * layer_bytes, seed_of(0, head, first)))
+    return found

@@ -21,16 +21,17 @@ import msgspec
 
 from interlock.core import limits
 from interlock.core.errors import ChannelFault, InterlockError
+from interlock.core.packed_sums import pack_sums
 from interlock.host.threads import Lock, monotonic_s
 from interlock.store.breaker import Breaker
 from interlock.store.keeper import Keeper, Link, Silence
 from interlock.store.mapping import MappedSlab
 from interlock.wire.identity import Identity
+from interlock.wire.locations import Location
 from interlock.wire.store_messages import (
     AbortWrite,
     Attach,
     Grant,
-    Location,
     Match,
     Matched,
     Report,
@@ -44,7 +45,7 @@ class MatchResult(msgspec.Struct, frozen=True):
     """The first `len(locations)` of the asked keys can be read from slab `slab`. Goes to the ranks as it is."""
 
     slab: int
-    locations: list[Location]
+    locations: Sequence[Location]
     coming: int = 0
     """So many keys after them are on their way from disk; ask again in some milliseconds."""
 
@@ -130,21 +131,42 @@ class StoreClient:
         self._count("match_miss_blocks", len(asked) - len(answer.locations))
         return MatchResult(answer.slab, answer.locations, answer.coming)
 
+    @property
+    def wants_tokens(self) -> bool:
+        """Whether the node publishes the tokens of what is saved: `start_write` should be given them then."""
+        link = self._keeper.link
+        return link is not None and link.wants_tokens
+
     def start_write(
-        self, session: str, attempt: int, keys: Sequence[bytes], parents: Sequence[bytes], *, tenant: str = ""
+        self,
+        session: str,
+        attempt: int,
+        keys: Sequence[bytes],
+        parents: Sequence[bytes],
+        *,
+        tenant: str = "",
+        tokens: Sequence[bytes] = (),
     ) -> WriteGrant | None:
         """Slots for those of `keys` that are neither stored nor under way, within `lookup_timeout_s`. None: save nothing.
 
         `parents[i]` is the key before `keys[i]` in its chain, b"" for a first block. `tenant` is whose quota they count
         against. `session` is unique in this
         engine's life. When no answer came in time, the session is ended at the node by itself (`never_given`), and a
-        late answer is dropped: no rank may be told of it.
+        late answer is dropped: no rank may be told of it. `tokens[i]`: of block i, packed (`store.told_tokens`), where the
+        node `wants_tokens`.
         """
-        if len(keys) > limits.BLOCKS_PER_CALL_MAX:
-            keys, parents = keys[: limits.BLOCKS_PER_CALL_MAX], parents[: limits.BLOCKS_PER_CALL_MAX]
-        link, answer = self._look_up(
-            "start_write", StartWrite(session, attempt, list(keys), list(parents), tenant or self._tenant)
+        most = limits.BLOCKS_PER_CALL_MAX
+        if sum(map(len, tokens[:most])) > limits.FRAME_BYTES_MAX // 2:
+            tokens = ()  # the message would not leave, and the save matters more than who hears of its tokens
+        message = StartWrite(
+            session,
+            attempt,
+            list(keys[:most]),
+            list(parents[:most]),
+            tenant or self._tenant,
+            tokens=list(tokens[:most]),
         )
+        link, answer = self._look_up("start_write", message)
         if link is None:
             return None
         if isinstance(answer, WriteStarted) and answer.slab == link.slab:
@@ -186,7 +208,7 @@ class StoreClient:
             grant.node_incarnation,
             grant.slab,
             list(good),
-            [list(sums) for sums in checksums],
+            [pack_sums(sums) for sums in checksums],
         )
         return self._keeper.promise(grant.slab, body, grant.node_incarnation)
 

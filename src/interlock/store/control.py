@@ -17,6 +17,7 @@ from interlock.core.limits import (
 from interlock.host.base import Host
 from interlock.wire.channel import Channel, connect_channel
 from interlock.wire.identity import Identity
+from interlock.wire.locations import Location
 from interlock.wire.store_messages import (
     BlockPage,
     Changes,
@@ -26,7 +27,6 @@ from interlock.wire.store_messages import (
     GetTenants,
     ListBlocks,
     Listed,
-    Location,
     Match,
     Matched,
     NodeMessage,
@@ -60,6 +60,7 @@ class AsyncStoreClient:
         token: bytes = b"",
         timeout_s: float = STORE_ATTACH_SECONDS_MAX,
     ) -> None:
+        self.last_missed: list[str] = []
         self._host, self._address, self._me = host, address, me
         self._token, self._timeout_s = token, timeout_s
         self._channel: Channel | None = None
@@ -73,8 +74,13 @@ class AsyncStoreClient:
         return (await self._ask(Clear(), Done, SWEEP_SECONDS_MAX)).count
 
     async def remove(self, keys: Sequence[bytes] = (), *, tenant: str | None = None, prefix: str = "") -> int:
-        """Forgets these blocks, or all of a tenant, or all whose key begins with these hex digits; how many there were."""
-        return (await self._ask(Remove(tenant, prefix, list(keys)), Done, SWEEP_SECONDS_MAX)).count
+        """Forgets these blocks, or all of a tenant, or all whose key begins with these hex digits; how many there were.
+
+        `last_missed` names the node's peers that did not answer; what they have could return.
+        """
+        done = await self._ask(Remove(tenant, prefix, list(keys)), Done, SWEEP_SECONDS_MAX)
+        self.last_missed = done.missed
+        return done.count
 
     async def tenants(self) -> list[TenantUse]:
         """Named tenants with what they use and may use."""
@@ -109,7 +115,7 @@ class AsyncStoreClient:
             WatchChanges(slab, after, CHANGES_PER_CALL_MAX, wait_s), Changes, self._timeout_s + wait_s
         )
 
-    async def match(self, keys: Sequence[bytes]) -> list[Location]:
+    async def match(self, keys: Sequence[bytes]) -> Sequence[Location]:
         """Where the longest prefix of `keys` stands now."""
         return (await self._ask(Match(list(keys[:BLOCKS_PER_CALL_MAX])), Matched)).locations
 

@@ -6,7 +6,7 @@ is done in slices between which others are answered: a look-up has milliseconds,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from interlock.core.limits import BLOCKS_LISTED_MAX
 from interlock.core.prefixes import Block
@@ -17,6 +17,7 @@ from interlock.store.notice import Notice
 from interlock.store.packs.tier import DiskTier
 from interlock.store.refusal import Refusal
 from interlock.store.roster import Member
+from interlock.store.told_tokens import TokenBook
 from interlock.wire.store_messages import (
     BlockPage,
     ChangedBlock,
@@ -51,6 +52,9 @@ class Desk:
         store.on_keys_settled = self._settled.ring
         self.disk: DiskTier | None = None
         """The tier below, which forgets what is forgotten here."""
+        self.tokens: TokenBook | None = None
+        self.everywhere: Callable[[Remove], Awaitable[Done]] | None = None
+        """Removes here and at the peers, where there are any."""
 
     async def answer(self, body: Question, member: Member | None) -> NodeMessage:
         """Raises `Refusal`."""
@@ -59,9 +63,18 @@ class Desk:
                 gone = await self._sweep(lambda _: True)
                 if self.disk is not None:
                     await self.disk.clear()
+                if self.tokens is not None:
+                    self.tokens.forget(lambda *_: True)
                 return Done(gone)
             case Remove():
-                return Done(await self._remove(body))
+                if not (body.keys or body.prefix or body.tenant is not None):
+                    raise Refusal(
+                        "bad_remove",
+                        "name keys, a tenant, or the first digits of a key; Clear forgets everything",
+                    )
+                if self.everywhere is not None and not body.keys:
+                    return await self.everywhere(body)
+                return Done(await self.remove(body))
             case Pin():
                 now_s = self._host.clock.monotonic_s()
                 return Done(self._store.pin(_owner(member), body.name, body.keys, now_s, body.seconds))
@@ -99,17 +112,14 @@ class Desk:
             cursor = following
             await self._host.clock.sleep_s(0)
 
-    async def _remove(self, body: Remove) -> int:
+    async def remove(self, body: Remove) -> int:
+        """Here: in RAM, on the disk, and what is on its way from or to there; how many blocks there were."""
         if body.keys:
             blocks = [block for key in body.keys if (block := self._store.shelf.get(key)) is not None]
             gone = sum(self._store.shelf.withdraw(block.key, block.slot) for block in blocks)
             if self.disk is not None:
                 await self.disk.remove(body.keys)
             return gone
-        if body.tenant is None and not body.prefix:
-            raise Refusal(
-                "bad_remove", "name keys, a tenant, or the first digits of a key; Clear forgets everything"
-            )
         if body.tenant is not None and not body.prefix:
             self._store.end_writes_of(body.tenant)
         wanted = _filter(body.tenant, body.prefix)
@@ -117,6 +127,8 @@ class Desk:
         if self.disk is not None:
             gone += await self.disk.sweep(wanted)
             gone += await self._sweep(wanted)  # what was on its way up meanwhile
+        if self.tokens is not None:
+            self.tokens.forget(lambda key, tenant: concerns(body.tenant, body.prefix, key, tenant))
         return gone
 
     # --- looking -------------------------------------------------------------------------------------------------
@@ -177,12 +189,14 @@ class Desk:
         return Changes(slab, body.after + len(found), False, told)
 
 
-def _filter(tenant: str | None, prefix: str) -> Callable[[Block], bool]:
-    def wanted(block: Block) -> bool:
-        return (tenant is None or block.tenant == tenant) and block.key.hex().startswith(prefix)
+def concerns(tenant: str | None, prefix: str, key: bytes, whose: str) -> bool:
+    """Whether a removal of `tenant`'s blocks, or of all whose key begins so, is one of this block."""
+    return (tenant is None or whose == tenant) and (not prefix or key.hex().startswith(prefix))
 
+
+def _filter(tenant: str | None, prefix: str) -> Callable[[Block], bool]:
     if prefix:
-        return wanted
+        return lambda block: concerns(tenant, prefix, block.key, block.tenant)
     return lambda block: tenant is None or block.tenant == tenant
 
 

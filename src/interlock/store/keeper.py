@@ -48,6 +48,7 @@ class Link(msgspec.Struct, frozen=True, eq=False):
     node_incarnation: int
     slab: int
     mapped: MappedSlab | None
+    wants_tokens: bool = False
 
     @property
     def rank_slab(self) -> MappedSlab:
@@ -241,7 +242,8 @@ class Keeper:
                         os.close(fd)
                     if again.slab != attached.slab:
                         raise ConnectionError("the store was restarted while we attached")
-                return Link(lookups, deliveries, deliveries.peer.incarnation, attached.slab, mapped)
+                life = deliveries.peer.incarnation
+                return Link(lookups, deliveries, life, attached.slab, mapped, attached.wants_tokens)
             except BaseException:
                 lookups.close()
                 raise

@@ -2,8 +2,9 @@
 
 The words, their order and the frames are those of vllm 0.32 (`vllm/distributed/kv_events.py`): a message is (topic, number
 of 8 bytes, big-endian; payload), the payload an `EventBatch`; a question to the replay socket is the first number that is
-missing, and the answer all batches from there on, then number -1. Hashes are our block keys (32 bytes); `token_ids` are empty,
-for a store never sees tokens: a router computes keys with `core/prefixes.chain_keys`. The first batch of a life says that
+missing, and the answer all batches from there on, then number -1. Hashes are our block keys (32 bytes), which a router can
+compute with `core/prefixes.chain_keys`; for one that names blocks in its own way `token_ids` are there where the node was told to
+publish them (store/told_tokens), of all blocks of an event or of none. The first batch of a life says that
 all blocks are cleared; so does one after this publisher fell behind, and the whole index follows it.
 """
 
@@ -27,6 +28,7 @@ from interlock.host.publisher import Publisher
 from interlock.store.changes import RAM, Change, ChangeKind
 from interlock.store.notice import Notice
 from interlock.store.shelf import Shelf
+from interlock.store.told_tokens import TokenBook, unpack_tokens
 
 WAIT_SECONDS = 5.0
 END = (-1).to_bytes(8, "big", signed=True)
@@ -62,17 +64,23 @@ class EventBatch(msgspec.Struct, array_like=True, omit_defaults=True, frozen=Tru
     data_parallel_rank: int | None = None
 
 
-def events_of(changes: Sequence[Change]) -> Iterator[BlockStored | BlockRemoved]:
+def events_of(
+    changes: Sequence[Change], tokens: TokenBook | None = None
+) -> Iterator[BlockStored | BlockRemoved]:
     """Chains of stored blocks, and runs of removed ones, each as one event."""
+    known = [b"" if tokens is None else tokens.of(change.key) for change in changes]
     start = 0
     for index in range(1, len(changes) + 1):
-        if index == len(changes) or not _go_together(changes[index - 1], changes[index]):
+        if index == len(changes) or not (
+            _go_together(changes[index - 1], changes[index]) and bool(known[index - 1]) == bool(known[index])
+        ):
             run = changes[start:index]
             keys = [change.key for change in run]
             first = run[0]
             if first.kind is ChangeKind.STORED:
                 parent = first.parent or None
-                yield BlockStored(keys, parent, [], first.block_tokens, None, first.medium, None)
+                ids = unpack_tokens(b"".join(known[start:index]))
+                yield BlockStored(keys, parent, ids, first.block_tokens, None, first.medium, None)
             else:
                 yield BlockRemoved(keys, first.medium)
             start = index
@@ -87,8 +95,16 @@ def _go_together(one: Change, two: Change) -> bool:
 class KVEvents:
     """Publishes one shelf's changes. `run` and `serve_replays` are tasks of the node."""
 
-    def __init__(self, host: Host, shelf: Shelf, publisher: Publisher, *, topic: str = "") -> None:
-        self._host, self._shelf, self._publisher = host, shelf, publisher
+    def __init__(
+        self,
+        host: Host,
+        shelf: Shelf,
+        publisher: Publisher,
+        *,
+        topic: str = "",
+        tokens: TokenBook | None = None,
+    ) -> None:
+        self._host, self._shelf, self._publisher, self._tokens = host, shelf, publisher, tokens
         self._topic = topic.encode()
         self._batches: deque[tuple[bytes, bytes]] = deque()
         self._bytes = 0
@@ -109,7 +125,7 @@ class KVEvents:
                 known = await self._begin_anew()
             elif changes:
                 known += len(changes)
-                await self._publish(list(events_of(changes)))
+                await self._publish(list(events_of(changes, self._tokens)))
 
     async def serve_replays(self) -> None:
         """Answers who missed batches. Until cancelled."""
@@ -142,7 +158,7 @@ class KVEvents:
                 for b in blocks
             ]
             if stored:
-                await self._publish(list(events_of(stored)))
+                await self._publish(list(events_of(stored, self._tokens)))
             await self._host.clock.sleep_s(0)
         return known
 

@@ -47,6 +47,9 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True):
     supervisor restarts what ends."""
     kv_events: str | None = None
     """Where changes of the index are published as vLLM's KV events: `tcp://127.0.0.1:PORT` or `ipc:///PATH`."""
+    kv_events_tokens: bool = False
+    """Whether those events carry the tokens of what engines save, as readers that name blocks by tokens need; whoever
+    reads them reads the prompts."""
     kv_events_replay: str | None = None
     """Where missed events can be asked for."""
     peers: PeersConfig | None = None
@@ -102,6 +105,7 @@ async def run_node(host: Host, config: StoreConfig) -> None:
             quotas=config.quotas,
             end_frozen_writers=config.end_frozen_writers,
             publisher=publisher,
+            publish_tokens=config.kv_events_tokens,
             peers=peers,
         )
         await _serve(node, config)

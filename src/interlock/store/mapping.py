@@ -7,7 +7,7 @@ import weakref
 from interlock.core.layouts import KVLayout
 from interlock.core.limits import SLOT_GRAIN_BYTES
 from interlock.host.memory import map_memory, populate
-from interlock.host.threads import start_thread
+from interlock.host.threads import Event, start_thread
 from interlock.store.checksums import Binding
 
 WARM_BYTES = 16 * 1024 * 1024
@@ -33,9 +33,13 @@ class MappedSlab:
         self.writable = writable
         self.view = memory.view
         """All of the slab's bytes; for `torch.frombuffer` and the like."""
+        self.warm = Event()
+        """Set once every page is mapped, or the kernel would not: copies meet no page fault from then on."""
+        me, warm = weakref.ref(self), self.warm
         if size_bytes > WARM_BYTES:
-            me = weakref.ref(self)
-            start_thread("interlock-slab-warm", lambda: _warm(me))
+            start_thread("interlock-slab-warm", lambda: _warm(me, warm))
+        else:
+            _warm(me, warm)
 
     def offset(self, slot: int) -> int:
         """Where slot `slot` begins in `view`, in bytes. Raises `IndexError` when a block there would leave the slab."""
@@ -60,11 +64,12 @@ class MappedSlab:
         return Binding(key, slot, self.node_incarnation, self.slab)
 
 
-def _warm(slab_of: weakref.ref[MappedSlab]) -> None:
+def _warm(slab_of: weakref.ref[MappedSlab], warm: Event) -> None:
     """Maps the whole slab in the background, so that saves and loads copy at the memory's speed from the first on."""
     at = 0
     while (slab := slab_of()) is not None and at < len(slab.view):
         if not populate(slab.view[at : at + WARM_BYTES], writable=slab.writable):
-            return
+            break
         at += WARM_BYTES
         del slab
+    warm.set()

@@ -4,15 +4,13 @@ Everything that is decided stands in `store/blocks` (blocks, slots, sessions) an
 driver turns messages, proven exits and the clock into their events. Each message is handled at once and without waiting,
 so no two of them interleave; only the answer is awaited.
 
-Evidence. When a process attaches, the node keeps the channel's watch on it (a pidfd, which outlives the channel and which
-no pid used again can deceive). Its exit, and nothing else, ends the quarantine of what that process was given and did not
-report on; the exit of a scheduler ends the sessions of its engine's life.
+On what evidence a process counts as gone is `store/witness`'s.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import gc
 import logging
 import os
 from collections.abc import Coroutine, Mapping, Sequence
@@ -23,8 +21,10 @@ import msgspec
 
 from interlock.core import limits
 from interlock.core.errors import ChannelClosed, InterlockError
+from interlock.core.layouts import KVLayout
+from interlock.core.packed_sums import SUM_BYTES
 from interlock.core.sessions import SlabName
-from interlock.host.base import Host, Listener, SharedMemory, Watch
+from interlock.host.base import Host, Listener, SharedMemory
 from interlock.host.publisher import Publisher
 from interlock.store.blocks import BlockStore
 from interlock.store.desk import Desk, Question
@@ -35,6 +35,8 @@ from interlock.store.packs.tier import DiskTier
 from interlock.store.peers import PeerTier
 from interlock.store.refusal import Refusal
 from interlock.store.roster import EngineLife, LifeName, Member, Roster
+from interlock.store.told_tokens import WORD_BYTES, TokenBook
+from interlock.store.witness import Witness
 from interlock.transfer.engine import TransferEngine
 from interlock.wire.channel import Channel, Received, serve_channels
 from interlock.wire.identity import Identity
@@ -45,7 +47,6 @@ from interlock.wire.store_messages import (
     ClientMessage,
     Done,
     GetStats,
-    Location,
     Match,
     Matched,
     NodeMessage,
@@ -58,6 +59,7 @@ from interlock.wire.store_messages import (
 
 TICK_SECONDS = 0.5
 IDLE_SECONDS = 5.0
+FROZEN_BLOCKS_MIN = 16384
 CHECKED_SLOTS_MAX = 16384
 """Looking at more than that takes tens of milliseconds, in which no look-up is answered."""
 _log = logging.getLogger(__name__)
@@ -74,6 +76,12 @@ class DiskConfig(msgspec.Struct, frozen=True):
 MATCHED_BYTES_MAX = limits.FRAME_BYTES_MAX // 2
 """A longer answer is cut: what does not fit is a miss."""
 _LOCATION_BYTES = 24
+
+
+def _location_bytes(layout: KVLayout) -> int:
+    """At most so many bytes an answer takes for one block of that layout."""
+    groups = len(layout.cuts) + 1
+    return _LOCATION_BYTES + SUM_BYTES * layout.heads * groups + 8 * groups
 
 
 class Node:
@@ -95,8 +103,11 @@ class Node:
         emit: Emit | None = None,
         peers: tuple[TransferEngine, Sequence[str]] | None = None,
         publisher: Publisher | None = None,
+        publish_tokens: bool = False,
     ) -> None:
-        """`peers`: a started engine of the same identity as `me`, and the names of other nodes, whose blocks come up from there."""
+        """`publish_tokens`: engines are asked for the tokens of what they save, and `publisher` tells them to everybody.
+
+        `peers`: a started engine of the same identity as `me`, and the names of other nodes, whose blocks come up from there."""
         self._host = host
         self._me = me
         self._memory = memory
@@ -124,10 +135,11 @@ class Node:
         if peers is not None:
             self.peers = PeerTier(host, *peers, self.store, self._desk, memory)
         self._publisher = publisher
-        self._end_frozen_writers = end_frozen_writers
+        self._tokens = self._desk.tokens = TokenBook() if publisher is not None and publish_tokens else None
         self._roster = Roster()
-        self._watches: dict[int, Watch] = {}
-        self._told_frozen: set[int] = set()
+        self._witness = Witness(self.store, self._roster, self._spawn, end_frozen_writers=end_frozen_writers)
+        self._frozen_blocks = 0
+        """Blocks there were when the garbage collector was last told to leave them alone."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._listener: Listener | None = None
         self._heard_s: float | None = None
@@ -144,7 +156,7 @@ class Node:
         )
         self._spawn(self._tick(), "store tick")
         if self._publisher is not None:
-            events = KVEvents(self._host, self.store.shelf, self._publisher)
+            events = KVEvents(self._host, self.store.shelf, self._publisher, tokens=self._tokens)
             self._spawn(events.run(), "kv events")
             if self._publisher.replay is not None:
                 self._spawn(events.serve_replays(), "kv event replays")
@@ -163,9 +175,7 @@ class Node:
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._publisher is not None:
             self._publisher.close()
-        for watch in self._watches.values():
-            watch.close()
-        self._watches.clear()
+        self._witness.close()
         self._memory.close()
 
     def check_integrity(self) -> None:
@@ -221,7 +231,11 @@ class Node:
                 return self._match(body)
             case StartWrite():
                 life = self._scheduler(member)
+                self._check_tokens(body, life)
                 grants = self.store.start_write(life, body, self._host.clock.monotonic_s())
+                if self._tokens is not None and body.tokens:
+                    for grant in grants:
+                        self._tokens.learn(body.keys[grant.index], body.tokens[grant.index], body.tenant)
                 under_way = self.store.count_under_way(body.keys) - len(grants)
                 present = sum(map(self.store.shelf.__contains__, body.keys))
                 return WriteStarted(self._slab, grants, under_way, present)
@@ -242,22 +256,32 @@ class Node:
             case _:
                 raise Refusal("unknown_message", f"a {type(body).__name__} is nothing that a store answers")
 
+    def _check_tokens(self, body: StartWrite, life: EngineLife) -> None:
+        """Raises `Refusal`: readers cut an event's tokens into blocks, so each block has all of its own or none."""
+        size = WORD_BYTES * life.layout.block_tokens
+        if body.tokens and (
+            len(body.tokens) != len(body.keys) or any(len(each) not in (0, size) for each in body.tokens)
+        ):
+            raise Refusal(
+                "bad_start",
+                f"tokens are of every block or none, {life.layout.block_tokens} a block of 4 bytes each",
+            )
+
     def _match(self, body: Match) -> Matched:
         blocks = self.store.match(body.keys)
         coming = self.disk.promote(body.keys[len(blocks) :]) if self.disk is not None else 0
         if self.peers is not None:
             coming += self.peers.promote(body.keys[len(blocks) + coming :])
-        if blocks:
-            each = _LOCATION_BYTES + max(len(block.sums) for block in blocks)
-            if len(blocks) > MATCHED_BYTES_MAX // each:
-                blocks, coming = blocks[: MATCHED_BYTES_MAX // each], 0
-        layouts = {
-            number: self.store.shelf.layout_of(number) for number in {block.layout for block in blocks}
-        }
-        cuts = {number: list(layout.cuts) for number, layout in layouts.items()}
-        return Matched(
+        layouts = self.store.shelf.layouts
+        fitting = MATCHED_BYTES_MAX // max(map(_location_bytes, layouts), default=1)
+        if len(blocks) > fitting:
+            blocks, coming = blocks[:fitting], 0
+        cuts = [layout.cuts for layout in layouts]
+        return Matched.at(
             self._slab,
-            [Location(b.slot, b.sums, cuts[b.layout]) for b in blocks],
+            [block.slot for block in blocks],
+            [block.sums for block in blocks],
+            [cuts[block.layout] for block in blocks],
             coming,
         )
 
@@ -268,7 +292,7 @@ class Node:
     ) -> None:
         if members:
             raise Refusal("attached_already", f"this connection is {members[0].process} already")
-        pid = self._prove(channel)
+        pid = self._witness.prove(channel)
         number = self.store.layout(body.layout)
         name = LifeName(body.engine, body.engine_incarnation)
         member = self._roster.attach(body, pid, number)
@@ -282,6 +306,7 @@ class Node:
             self._memory.size_bytes,
             self.store.slots.slot_bytes(number),
             self.store.slots.capacity(number),
+            self._tokens is not None,
         )
         if body.rank is None:
             await channel.reply(received, attached)
@@ -293,41 +318,6 @@ class Node:
                 await channel.reply(received, attached, fds=(fd,))
             finally:
                 os.close(fd)
-
-    def _prove(self, channel: Channel) -> int:
-        """The process at the other end, of whose exit we will have proof from now on. Raises `Refusal` without."""
-        watch = channel.peer_process
-        if watch is None or watch.exited:
-            raise Refusal(
-                "no_proof",
-                "this node cannot prove the exit of the process that wants to attach, so it gets no slots",
-                hint="connect over the node's Unix socket, from the same PID namespace",
-            )
-        known = self._watches.get(watch.pid)
-        if known is not None and not known.exited:
-            return watch.pid
-        if known is not None:  # its pid was used again before the loop told us
-            self._gone(known)
-        self._watches[watch.pid] = watch
-        self._spawn(self._await_exit(watch), f"exit of {watch.pid}")
-        return watch.pid
-
-    async def _await_exit(self, watch: Watch) -> None:
-        with contextlib.suppress(ConnectionError):
-            await watch.wait_exited()
-        if watch.exited:
-            self._gone(watch)
-
-    def _gone(self, watch: Watch) -> None:
-        if self._watches.get(watch.pid) is not watch:
-            return
-        del self._watches[watch.pid]
-        self._told_frozen.discard(watch.pid)
-        for member in self._roster.exited(watch.pid):
-            self.store.process_gone(member)
-            if member.schedules:
-                self.store.writer_gone(member.life)
-        watch.close()
 
     def _attached(self, member: Member | None) -> Member:
         if member is None:
@@ -353,37 +343,28 @@ class Node:
 
     # --- time ----------------------------------------------------------------------------------------------------
 
+    def _spare_the_collector(self) -> None:
+        """Takes the index out of the garbage collector's sight each time it has doubled.
+
+        A full collection walks it, 24 ms for a million blocks, in which no look-up is answered; and finds nothing there.
+        """
+        if len(self.store) > 2 * self._frozen_blocks + FROZEN_BLOCKS_MIN:
+            self._frozen_blocks = len(self.store)
+            gc.collect()
+            gc.freeze()
+
     async def _tick(self) -> None:
         while True:
             await self._host.clock.sleep_s(self._tick_s)
             try:
                 now_s = self._host.clock.monotonic_s()
                 self.store.tick(now_s)
-                self._end_frozen(now_s)
+                self._spare_the_collector()
+                self._witness.end_frozen(now_s)
                 self._check_when_idle(now_s)
             except Exception:  # a defect of ours: without ticks no deadline would ever pass again
                 self.store.counters["internal_errors"] += 1
                 _log.exception("a tick of the store failed")
-
-    def _end_frozen(self, now_s: float) -> None:
-        """Asks the kernel to end those whose silence keeps more of the slab than may wait; their exit frees it."""
-        frozen = self.store.frozen_writers(now_s)
-        self.store.counters["writers_frozen"] = len(frozen)
-        for pid in sorted({pid for name in frozen if (pid := self._roster.pid_of(name)) is not None}):
-            watch = self._watches.get(pid)
-            if watch is None or pid in self._told_frozen:
-                continue
-            self._told_frozen.add(pid)
-            names = ", ".join(sorted(name for name in frozen if self._roster.pid_of(name) == pid))
-            _log.error(
-                "%s keeps slots of ended sessions, neither reporting nor exiting, and more than %.0f%% of the slab waits: %s",
-                names,
-                limits.QUARANTINE_SHARE_MAX * 100,
-                "it is ended" if self._end_frozen_writers else "end it, nothing is saved until then",
-            )
-            if self._end_frozen_writers:
-                watch.kill()
-                self.store.counters["writers_ended"] += 1
 
     def _check_when_idle(self, now_s: float) -> None:
         """Once after each burst of messages: do the books balance? A metric says when they did not."""

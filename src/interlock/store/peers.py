@@ -22,15 +22,26 @@ from interlock.core.errors import InterlockError
 from interlock.core.layouts import KVLayout
 from interlock.host.base import Host, SharedMemory
 from interlock.store.blocks import BlockStore
+from interlock.store.changes import RAM
 from interlock.store.checksums import Binding, verify_block
 from interlock.store.desk import Desk
 from interlock.store.packs.files import rebind
 from interlock.store.packs.staging import Staging, StagingFull
+from interlock.store.peer_removal import PeerRemoval, RemovedEverywhere, RemoveHere
 from interlock.store.refusal import Refusal
 from interlock.transfer.engine import Part, TransferEngine
 from interlock.transfer.segments import RemoteSegment, Segment
 from interlock.wire.identity import Identity
-from interlock.wire.store_messages import BlockPage, Changes, Key, ListBlocks, Tenant, WatchChanges
+from interlock.wire.store_messages import (
+    BlockPage,
+    Changes,
+    Done,
+    Key,
+    ListBlocks,
+    Remove,
+    Tenant,
+    WatchChanges,
+)
 
 STAGING_BYTES = 64 * 1024 * 1024
 READS_AT_ONCE = 2
@@ -67,8 +78,10 @@ class BlocksLocated(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields
     blocks: list[PeerBlock]
 
 
-_questions: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(LocateBlocks | ListBlocks | WatchChanges)
-_answers: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(BlocksLocated | BlockPage | Changes)
+_questions: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(
+    LocateBlocks | ListBlocks | WatchChanges | RemoveHere | RemovedEverywhere
+)
+_answers: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(BlocksLocated | BlockPage | Changes | Done)
 
 
 class PeerTier:
@@ -93,7 +106,11 @@ class PeerTier:
         self._coming: set[bytes] = set()
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
+        self._fills: set[asyncio.Future[None]] = set()
+        """Blocks that are being copied into slots: one a call of `_fill`, done when its blocks are published or not."""
         self.counters: Counter[str] = Counter()
+        self.removal = PeerRemoval(host.clock, self._peers, self._remove_at, self._remove_here)
+        desk.everywhere = self.removal.everywhere
 
     # --- life ------------------------------------------------------------------------------------------------------
 
@@ -160,6 +177,8 @@ class PeerTier:
             raise Refusal("bad_question", f"{peer} asked what no store asks: {error}") from error
         if isinstance(question, LocateBlocks):
             return msgspec.msgpack.encode(self._locate(question.keys[: limits.PEER_FETCH_BLOCKS_MAX]))
+        if isinstance(question, RemoveHere | RemovedEverywhere):
+            return msgspec.msgpack.encode(await self.removal.heard(peer.name, question))
         return msgspec.msgpack.encode(await self._desk.answer(question, None))
 
     def _locate(self, keys: Sequence[bytes]) -> BlocksLocated:
@@ -212,16 +231,34 @@ class PeerTier:
             if changes.gap or changes.slab != slab:
                 return
             for change in changes.changes:
+                if change.medium != RAM:
+                    continue
                 if change.kind == "stored":
                     self._learn(peer, change.key)
                 elif self._where.get(change.key) == peer:
                     del self._where[change.key]
             after = changes.last
 
-    async def _ask(self, peer: str, question: msgspec.Struct, wanted: type) -> Any:
-        payload, _ = await self._engine.ask(
-            peer, msgspec.msgpack.encode(question), timeout_s=FOLLOW_WAIT_SECONDS + limits.SILENCE_SECONDS_MAX
-        )
+    async def _remove_here(self, body: Remove) -> int:
+        """Also of what was half in a slot when the removal's hold began: it is published no more, and over before we answer."""
+        gone = await self._desk.remove(body)
+        if self._fills:
+            await asyncio.wait(self._fills)
+        return gone
+
+    async def _remove_at(self, peer: str, question: msgspec.Struct, wanted: type[Done]) -> Done:
+        found: Done = await self._ask(peer, question, wanted, timeout_s=limits.PEER_REMOVE_SECONDS_MAX)
+        return found
+
+    async def _ask(
+        self,
+        peer: str,
+        question: msgspec.Struct,
+        wanted: type,
+        *,
+        timeout_s: float = FOLLOW_WAIT_SECONDS + limits.SILENCE_SECONDS_MAX,
+    ) -> Any:
+        payload, _ = await self._engine.ask(peer, msgspec.msgpack.encode(question), timeout_s=timeout_s)
         answer = _answers.decode(payload)
         if not isinstance(answer, wanted):
             raise Refusal("bad_answer", f"{peer} answered with a {type(answer).__name__}")
@@ -314,7 +351,11 @@ class PeerTier:
         """Verified blocks into slots of our own, in the order of their chain, as far as there is room."""
         store, slab = self._store, self._store.slab
         chosen = [
-            pair for pair in chosen if not store.under_way(pair[0].key) and pair[0].key not in store.shelf
+            pair
+            for pair in chosen
+            if not store.under_way(pair[0].key)
+            and pair[0].key not in store.shelf
+            and not self.removal.holds(pair[0].key, tenant)
         ]
         keys = [block.key for block, _ in chosen]
         number = store.layout(layout)
@@ -324,14 +365,20 @@ class PeerTier:
             for key, slot in zip(keys, slots, strict=False)
         ]
         sums: list[list[int]] = []
+        over = asyncio.get_running_loop().create_future()
+        self._fills.add(over)
         try:
             sums = await self._host.in_thread(
                 _rebind_all, layout, [data for _, data in chosen], bindings, self._memory
             )
         finally:
             for i, binding in enumerate(bindings):
-                store.end_promotion(binding.key, sums[i] if sums else None)
-        self.counters["promoted"] += len(bindings)
+                # Who is being deleted meanwhile was swept already, and must not come after the broom.
+                wanted = sums and not self.removal.holds(binding.key, tenant)
+                store.end_promotion(binding.key, sums[i] if wanted else None)
+                self.counters["promoted"] += bool(wanted)
+            self._fills.discard(over)
+            over.set_result(None)
 
 
 def _verify(

@@ -6,14 +6,14 @@ or this process ends.
 
 from __future__ import annotations
 
-import numpy as np
-
 from interlock.core import limits
 from interlock.core.layouts import KVLayout
+from interlock.core.packed_sums import SUM_BYTES, pack_sums
 from interlock.host.threads import monotonic_s
 from interlock.store.asking import Asker, StoreAway, StoreRefused
-from interlock.store.buffers import Bytes
+from interlock.store.buffers import Bytes, Parts
 from interlock.store.checksums import block_checksums
+from interlock.store.copying import SlotCopier, by_two, copy_and_check
 from interlock.store.keeper import Link
 from interlock.store.mapping import MappedSlab
 from interlock.wire.store_messages import AbortWrite, Done, Grant, Report, StartWrite, WriteStarted
@@ -24,6 +24,8 @@ class Putter:
 
     def __init__(self, node: Asker, layout: KVLayout, *, verify: bool) -> None:
         self._node, self._layout, self._verify = node, layout, verify
+        self._none = bytes(SUM_BYTES * layout.heads * (len(layout.cuts) + 1))
+        """Sums that no reader accepts."""
 
     def begin(self, message: StartWrite, deadline_s: float) -> tuple[Link, WriteStarted | None]:
         """None: there is no room, or none for that tenant."""
@@ -43,21 +45,31 @@ class Putter:
             raise
 
     def write(
-        self, link: Link, message: StartWrite, grants: list[Grant], parts: list[Bytes], deadline_s: float
+        self, link: Link, message: StartWrite, grants: list[Grant], parts: Parts, deadline_s: float
     ) -> int:
         """Copies and reports; how many blocks are published. Whatever happens, the node hears that we let go."""
         if not grants:
             return 0
-        good, sums = [False] * len(grants), [[] for _ in grants]  # type: list[bool], list[list[int]]
+        good, sums = [False] * len(grants), [b""] * len(grants)
         try:
             slab = link.rank_slab
-            memory = np.frombuffer(slab.view, dtype=np.uint8)
-            for index, grant in enumerate(grants):
-                source = parts[grant.index]
-                at = slab.offset(grant.slot)
-                memory[at : at + len(source)] = source
-                sums[index] = self._sums(slab, message.keys[grant.index], grant.slot, source)
-                good[index] = True
+            copier = SlotCopier(slab)
+            indexes, slots = [grant.index for grant in grants], [grant.slot for grant in grants]
+
+            def fill(some: range) -> None:
+                copier.put(slots[some.start : some.stop], parts, indexes[some.start : some.stop])
+                good[some.start : some.stop] = [True] * len(some)
+
+            def sum_up(some: range) -> None:
+                for i in some:
+                    found = self._sums(slab, message.keys[indexes[i]], slots[i], parts[indexes[i]])
+                    sums[i] = pack_sums(found)
+
+            if self._verify:
+                copy_and_check(len(grants), self._layout.block_bytes, fill, sum_up, copied_first=False)
+            else:
+                sums = [self._none] * len(grants)
+                by_two(len(grants), self._layout.block_bytes, fill)
         finally:
             report = Report(message.session, message.attempt, 0, link.node_incarnation, link.slab, good, sums)
             done = self._deliver(link, report, deadline_s)
@@ -69,8 +81,6 @@ class Putter:
         return sum(good)
 
     def _sums(self, slab: MappedSlab, key: bytes, slot: int, source: Bytes) -> list[int]:
-        if not self._verify:
-            return [0] * (self._layout.heads * (len(self._layout.cuts) + 1))
         return block_checksums(slab.binding(key, slot), self._layout, source.data)
 
     def _deliver(self, link: Link, report: Report, deadline_s: float) -> bool:

@@ -24,7 +24,7 @@ from interlock.core.layouts import KVLayout, Span, covering_span
 from interlock.core.limits import SLOT_GRAIN_BYTES
 from interlock.store.checksums import block_checksums, verify_block
 from interlock.store.mapping import MappedSlab
-from interlock.wire.store_messages import Location
+from interlock.wire.locations import Location
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 

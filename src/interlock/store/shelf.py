@@ -91,17 +91,28 @@ class Shelf:
         """The blocks of the first keys, up to the first that is not here; they are used now."""
         found = self._index.longest_prefix(keys)
         if found:
-            self.orders.of(found[0].layout, found[0].tenant).touch([block.key for block in found])
+            order = self.orders.of(found[0].layout, found[0].tenant)
+            last = next((block.key for block in reversed(found) if block.key in order), None)
+            if last is not None:
+                order.touch(last)
         return found
 
-    def publish(self, block: Block) -> None:
-        """The block stands in its slot from now on, and holds its parent."""
-        self._index.add(block)
-        self._at[block.slot] = block.key
-        self.orders.of(block.layout, block.tenant).add(block.key)
-        self.hold(block.layout, block.parent, block.tenant)
-        self.slots.move(block.slot, PUBLISHED)
-        self._tell(ChangeKind.STORED, block)
+    def publish(self, blocks: Sequence[Block]) -> None:
+        """The blocks, of one layout and tenant, stand in their slots from now on.
+
+        Each keeps the hold on its parent that `take_slots` gave to whoever wrote it: that is not released any more.
+        """
+        layout, tenant = blocks[0].layout, blocks[0].tenant
+        order, tokens = self.orders.of(layout, tenant), self._names[layout].block_tokens
+        self.slots.publish(layout, [block.slot for block in blocks])
+        changes = []
+        for block in blocks:
+            assert block.layout == layout and block.tenant == tenant, "these are not of one order"  # noqa: PT018
+            self._index.add(block)
+            self._at[block.slot] = block.key
+            order.add(block.key)
+            changes.append(Change(ChangeKind.STORED, block.key, block.parent, tokens, tenant))
+        self.changes.extend(changes)
 
     def withdraw(self, key: bytes, slot: int) -> bool:
         """Forgets the block if it still stands at that slot."""
@@ -129,18 +140,25 @@ class Shelf:
             self.orders.of(layout, tenant).release(parent)
 
     def take_slots(self, layout: int, parents: Sequence[bytes], tenant: str = "") -> list[int]:
-        """A slot for a child of each of `parents`, as far as there is room; each of those parents is held from now on.
+        """A slot for a child of each of `parents`, as far as there is room, in ascending order.
 
-        All parents are held before any room is made: what the new blocks hang on must not be what leaves.
+        Each of those parents is held from now on, until `release`, or as long as the child that `publish` puts there. All
+        are held before any room is made: what the new blocks hang on must not be what leaves.
         """
+        order = self.orders.of(layout, tenant)
         for parent in parents:
-            self.hold(layout, parent, tenant)
+            if parent:
+                order.hold(parent)
         slots: list[int] = []
+        if self.orders.quota(tenant) is None:
+            slots = self.slots.take_many(layout, len(parents))
+            for each in slots if tenant else ():
+                self.orders.take(each, tenant, self.slots.slot_bytes(layout))
         while len(slots) < len(parents) and (slot := self._take_slot(layout, tenant)) is not None:
             slots.append(slot)
         for parent in parents[len(slots) :]:
             self.release(layout, parent, tenant)
-        return slots
+        return sorted(slots)
 
     def free(self, slot: int) -> None:
         """Nobody can touch what stands there, and nobody is to read it."""

@@ -13,6 +13,7 @@ what; who has the right to ask for a move stands in core/sessions and store/node
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from enum import StrEnum
 
 from interlock.core.errors import LocalProtocolError
@@ -120,6 +121,33 @@ class SlotTable:
         self._used[slot // self.extent_pages] += 1
         self._set(slot, layout, WRITING)
         return slot
+
+    def take_many(self, layout: int, count: int) -> list[int]:
+        """At most `count` free slots, now WRITING, in ascending order: neighbours are written by one copy."""
+        cls = self._classes[layout]
+        taken: list[int] = []
+        while len(taken) < count and (cls.free or self._grow(layout)):
+            some = cls.free[-(count - len(taken)) :]
+            del cls.free[-len(some) :]
+            taken += some
+        for slot in taken:
+            self._used[slot // self.extent_pages] += 1
+            self._states[slot] = WRITING
+        self._account(FREE, -len(taken), self.slot_bytes(layout))
+        self._account(WRITING, len(taken), self.slot_bytes(layout))
+        return sorted(taken)
+
+    def publish(self, layout: int, slots: Sequence[int]) -> None:
+        """Slots of that layout that are WRITING become PUBLISHED. As `move` of each, for all at once."""
+        for slot in slots:
+            if self._states.get(slot) is not WRITING or self._owner[slot // self.extent_pages] != layout:
+                raise LocalProtocolError(
+                    f"slot {slot} is {self._states.get(slot)} and cannot become {PUBLISHED} for layout {layout}",
+                    slot=slot,
+                )
+        self._states.update(dict.fromkeys(slots, PUBLISHED))
+        self._account(WRITING, -len(slots), self.slot_bytes(layout))
+        self._account(PUBLISHED, len(slots), self.slot_bytes(layout))
 
     def move(self, slot: int, to: SlotState) -> None:
         """Raises `LocalProtocolError`, changing nothing, for a move that is not in `MOVES`."""

@@ -92,8 +92,7 @@ class TierLife:
             block = Block(
                 key, parent, number, slot, pack_sums(block_checksums(binding, layout, data)), tenant
             )
-            self.store.shelf.publish(block)
-            self.store.shelf.release(number, parent, tenant)
+            self.store.shelf.publish([block])
             self.store.on_publish(block)
 
     async def save(self, keys: list[bytes], **more: Any) -> None:

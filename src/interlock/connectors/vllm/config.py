@@ -53,6 +53,9 @@ class ConnectorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """Separates everything this engine shares from what other tenants' engines share."""
     lookup_seconds: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] = STORE_LOOKUP_SECONDS_MAX
     """How long a scheduler's step may wait for the store; more finds more on a busy machine and delays every request."""
+    weights_in_salt: bool = False
+    """Every request's cache_salt names the weights, as our front's does. Else dropped caches are taken for new weights, which get
+    a name of their own."""
     owner_pid: int | None = None
     """All processes of the engine end when this one is gone."""
 

@@ -88,7 +88,7 @@ class InterlockConnector(KVConnectorBase_V1):
     def _make_scheduler(self) -> SchedulerSide:
         client = self._client(None)
         client.start()
-        return SchedulerSide(self.shape, self._salts(), client)
+        return SchedulerSide(self.shape, self._salts(), client, weights_in_salt=self.config.weights_in_salt)
 
     def _make_worker(self, rank: int) -> WorkerSide:
         order = packing_of(self.shape.layout).order

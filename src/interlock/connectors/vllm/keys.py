@@ -21,10 +21,11 @@ class Salts(msgspec.Struct, frozen=True):
     engine: ModelSalt
     adapter_identity: Callable[[Path], str]
 
-    def of(self, request: Any) -> bytes | None:
+    def of(self, request: Any, weights: str = "") -> bytes | None:
         """The salt's digest for one vLLM request, or None when its KV depends on something without a name.
 
-        `cache_salt` carries what the front put there: tenant and weights version.
+        `cache_salt` carries what the front put there: tenant and weights version. `weights` tells weights apart that neither it
+        nor the model's identity names: those of an engine that changed them in place.
         """
         if request.prompt_token_ids is None or request.prompt_embeds is not None:
             return None  # embeddings given by the client: their tokens are placeholders
@@ -33,7 +34,10 @@ class Salts(msgspec.Struct, frozen=True):
         lora = self._adapter(request.lora_request)
         if lora is None:
             return None
-        return self.engine.of(
+        engine = self.engine
+        if weights:
+            engine = msgspec.structs.replace(engine, variant=(*engine.variant, ("weights", weights)))
+        return engine.of(
             request.cache_salt or "",
             lora=lora,
             multimodal=tuple(

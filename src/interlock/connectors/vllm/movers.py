@@ -33,7 +33,7 @@ from interlock.store.rank_slots import (
     scales_of,
     tokens_of,
 )
-from interlock.wire.store_messages import Location
+from interlock.wire.locations import Location
 
 
 class Staging(msgspec.Struct, eq=False):

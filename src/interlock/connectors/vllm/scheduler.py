@@ -12,11 +12,13 @@ otherwise. The rules (hazards W2, W4, F7; tair §2.8):
 * Saved are blocks that this very step completes or that the request still holds, all of whose tokens are known and
   computed by this step. Never allocated, speculative or preempted ones.
 * A change of weights is told by `reset_cache` (vLLM calls it when it drops caches): requests alive then neither read nor
-  save any more, since their blocks may mix two versions. Nothing that is shared is deleted.
+  save any more, since their blocks may mix two versions. Nothing that is shared is deleted. Later requests are named anew, by a
+  word that no other engine has, unless their `cache_salt` names the weights: blocks of the old ones must not be hit.
 """
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -30,6 +32,7 @@ from interlock.core.limits import BLOCKS_PER_CALL_MAX, REQUESTS_TRACKED_MAX
 from interlock.host.threads import monotonic_s
 from interlock.store.client import MatchResult, StoreClient
 from interlock.store.keys import KeyChain
+from interlock.store.told_tokens import pack_tokens
 from interlock.store.waiting import ComingWait
 
 
@@ -83,7 +86,12 @@ class PendingLoad:
 class SchedulerSide:
     """One engine's scheduler. All calls come from vLLM's scheduler, one at a time."""
 
-    def __init__(self, shape: EngineShape, salts: Salts, client: StoreClient) -> None:
+    def __init__(
+        self, shape: EngineShape, salts: Salts, client: StoreClient, *, weights_in_salt: bool = False
+    ) -> None:
+        self._weights_in_salt = weights_in_salt
+        self._weights = ""
+        """What tells its weights from those it was started with; empty: they are those."""
         self._block_tokens = shape.layout.block_tokens
         self._salts = salts
         self.client = client
@@ -101,7 +109,7 @@ class SchedulerSide:
         if len(self._requests) >= REQUESTS_TRACKED_MAX:
             self.counts["untracked_full"] += 1
             return
-        salt = self._salts.of(request)
+        salt = self._salts.of(request, self._weights)
         if salt is None:
             self.counts["untracked_unnamed"] += 1
             return
@@ -112,7 +120,10 @@ class SchedulerSide:
         self._requests.pop(request_id, None)
 
     def forget_lookups(self) -> None:
-        """Caches were dropped, perhaps for new weights: whoever is alive now neither reads nor saves any more."""
+        """Caches were dropped, perhaps for new weights: whoever is alive now neither reads nor saves any more, and whoever comes
+        finds nothing that was saved before."""
+        if not self._weights_in_salt:
+            self._weights = os.urandom(16).hex()
         for tracked in self._requests.values():
             tracked.answer = None
             tracked.reads = tracked.saves = False
@@ -246,8 +257,9 @@ class SchedulerSide:
                 wanted.setdefault(tracked.chain.keys[block], (tracked.chain.parent(block), block_ids[block]))
         keys = list(wanted)
         parents, blocks = [parent for parent, _ in wanted.values()], [block for _, block in wanted.values()]
+        tokens = self._tokens_of(keys, candidates) if self.client.wants_tokens else []
         self._sessions += 1
-        grant = self.client.start_write(f"save-{self._sessions}", 1, keys, parents)
+        grant = self.client.start_write(f"save-{self._sessions}", 1, keys, parents, tokens=tokens)
         if grant is None:
             self.counts["save_refused"] += 1
             return []
@@ -258,6 +270,18 @@ class SchedulerSide:
         self.counts["save_blocks"] += len(grant.grants)
         chosen = [given.index for given in grant.grants]
         return [SaveTask(grant, [keys[i] for i in chosen], [blocks[i] for i in chosen])]
+
+    def _tokens_of(
+        self, keys: list[bytes], candidates: list[tuple[Tracked, int, int, list[int]]]
+    ) -> list[bytes]:
+        """The tokens of each block, for a store that publishes them."""
+        size, found = self._block_tokens, dict[bytes, bytes]()
+        for tracked, first, full, _ in candidates:
+            ids = list(tracked.request.all_token_ids[first * size : full * size])
+            for block in range(first, full):
+                at = (block - first) * size
+                found[tracked.chain.keys[block]] = pack_tokens(ids[at : at + size])
+        return [found[key] for key in keys]
 
     def _completed(self, output: Any) -> list[tuple[Tracked, int, int, list[int]]]:
         """(request, first, stop, its block ids): blocks not saved yet whose tokens are all known and computed by this step.

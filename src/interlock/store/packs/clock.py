@@ -68,9 +68,10 @@ class PackClock:
         self.bytes -= self._packs.pop(number).bytes
 
     def resize(self, pack: Pack, size: int) -> None:
-        """It takes that many bytes on the disk from now on."""
-        self.bytes += size - pack.bytes
-        pack.bytes = size
+        """It takes that many bytes on the disk from now on. Nothing when it left while its file was being changed."""
+        if self._packs.get(pack.number) is pack:
+            self.bytes += size - pack.bytes
+            pack.bytes = size
 
     # --- what hangs on what ----------------------------------------------------------------------------------------
 

@@ -239,8 +239,7 @@ class Life:
             data = bytes_of(key, layout)
             self.slab[slots[0] * PAGE : slots[0] * PAGE + len(data)] = data
             block = Block(key, parent, number, slots[0], pack_sums(block_checksums(binding, layout, data)))
-            self.store.shelf.publish(block)
-            self.store.shelf.release(number, parent)
+            self.store.shelf.publish([block])
             self.store.on_publish(block)
             self.outcome.published += 1
 
