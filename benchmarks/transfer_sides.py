@@ -191,7 +191,9 @@ def socket_owner(_: str) -> None:
         os._exit(0)
 
     threading.Thread(target=leave, daemon=True).start()
-    source = memoryview(region_bytes())
+    memory = anonymous()  # as every other side's: NumPy's own array would lie on huge pages
+    memory[:] = region_bytes()
+    source = memoryview(memory)
     listener = socket.create_server(("127.0.0.1", 0))
     print(json.dumps({"port": listener.getsockname()[1]}), flush=True)
 

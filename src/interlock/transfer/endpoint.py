@@ -283,6 +283,7 @@ class EndpointDriver:
 
             lane = lanes[name] = kind.make_lane(name, self._pairing(mine, theirs), broken, None)
         assert isinstance(lane, SocketLane)
+        self._list()  # before it begins: on a slow network both sides listed it already, and the first request is here
         lane.add(sock, we_read=hello.role == LISTENER_READS)
         self.tell(LaneReady(name, mine, theirs))
 

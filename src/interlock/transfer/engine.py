@@ -38,7 +38,7 @@ from interlock.transfer.explaining import explain_peer
 from interlock.transfer.hearing import Hearing
 from interlock.transfer.lanes.base import LaneKind
 from interlock.transfer.lanes.greeting import LaneHello, LaneWelcome
-from interlock.transfer.lanes.kinds import LaneOptions, make_kinds
+from interlock.transfer.lanes.kinds import LaneOptions, control_tls, make_kinds
 from interlock.transfer.meeting import Meeting
 from interlock.transfer.notices import Notice, Notices
 from interlock.transfer.outcomes import Transfer, TransferFailed
@@ -82,6 +82,7 @@ class TransferEngine:
         self._directory: Directory = directory if directory is not None else StaticDirectory()
         self._token = token
         self._options = lanes or LaneOptions()
+        self._dials, self._listens = control_tls(self._options.tls)
         self.segments = SegmentTable(me.name)
         self._kinds: dict[str, LaneKind] = {}
         self._peers = PeerStore(endpoints_max)
@@ -112,6 +113,7 @@ class TransferEngine:
             self._hearing.serve,
             self._ticks.begin,
             self._spawn,
+            self._dials,
         )
 
     # --- life ------------------------------------------------------------------------------------------------------
@@ -135,6 +137,7 @@ class TransferEngine:
                 accept=TransferWord,
                 on_channel=self._on_channel,
                 token=self._token,
+                secure=self._listens if self._address.startswith("tcp:") else None,
             )
         except BaseException:
             await self.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
@@ -9,6 +10,7 @@ from typing import Any
 
 from interlock.core.errors import ChannelClosed, InterlockError, RemoteProtocolError
 from interlock.core.limits import QUESTIONS_UNDER_WAY_MAX
+from interlock.transfer.gate import Gate
 from interlock.transfer.notices import Notices
 from interlock.transfer.peer import Peer, PeerStore
 from interlock.transfer.pulling import Pulls, Writes
@@ -31,6 +33,8 @@ from interlock.wire.transfer_messages import (
     from_wire,
 )
 
+ONCE_SECONDS = 0.25
+"""A word that a peer repeats sooner, while nothing changed here, was waiting with the one that it repeats."""
 _log = logging.getLogger(__name__)
 
 
@@ -49,22 +53,45 @@ class Hearing:
     ) -> None:
         self._peers, self._segments, self._notices = peers, segments, notices
         self._pulls, self._writes, self._ticks, self._spawn = pulls, writes, ticks, spawn
+        self._gate = Gate()
         self.answer: Callable[[Identity, bytes], Awaitable[bytes]] | None = None
         """To the questions of peers: `answer(who asks, payload)`."""
 
     async def serve(self, channel: Channel, name: str) -> None:
         """Until the channel ends, its peer breaks the protocol, or is forgotten here."""
+        peer = self._peers.look(name)
+        if peer is None:
+            return
+        try:
+            if not peer.driver.is_connected:
+                await self._gate.enter(name)
+            await self._hear_all(channel, name)
+        except ChannelClosed:
+            return
+        except RemoteProtocolError as error:
+            _log.warning("%s", error)
+        finally:
+            self._gate.leave(name)
+
+    async def _hear_all(self, channel: Channel, name: str) -> None:
+        loop = asyncio.get_running_loop()
+        last: tuple[Any, Any, float] = (None, None, 0.0)
         async for received in channel.messages():
             peer = self._peers.look(name)
             if peer is None:
                 return
-            try:
-                await self._hear(channel, received, peer)
-            except ChannelClosed:
-                return
-            except RemoteProtocolError as error:
-                _log.warning("%s", error)
-                return
+            said, state, until_s = last
+            if (
+                isinstance(said, Said)
+                and received.body == said
+                and peer.driver.state is state
+                and loop.time() < until_s
+            ):
+                continue  # it waited here with the word that it repeats, which was answered just now
+            await self._hear(channel, received, peer)
+            last = (received.body, peer.driver.state, loop.time() + ONCE_SECONDS)
+            if peer.driver.is_connected or not isinstance(received.body, Said):
+                self._gate.leave(name)  # its handshake is over, or it wants something else
 
     async def _hear(self, channel: Channel, received: Received, peer: Peer) -> None:
         match received.body:

@@ -8,6 +8,7 @@ Dials that failed wait, twice as long each time, by a random part of it: after a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections import deque
@@ -25,11 +26,12 @@ from interlock.core.limits import (
 )
 from interlock.host.base import Host
 from interlock.membership.directory import Directory
-from interlock.wire.channel import Channel, connect_channel
+from interlock.wire.channel import Channel, Secure, connect_channel
 from interlock.wire.identity import Identity
 from interlock.wire.transfer_messages import TransferWord
 
 WAITING_MAX = 16
+CHANNELS_PER_REQUEST_MAX = 3
 _log = logging.getLogger(__name__)
 
 
@@ -45,10 +47,11 @@ class PeerLink:
         token: bytes,
         serve: Callable[[Channel], Awaitable[None]],
         superseded: Callable[[StaleError], None],
+        secure: Secure | None = None,
     ) -> None:
         self._host, self._me, self.peer = host, me, peer
         self._directory, self._token = directory, token
-        self._serve, self._superseded = serve, superseded
+        self._serve, self._superseded, self._secure = serve, superseded, secure
         self._channels: list[tuple[Channel, bool]] = []
         self._waiting: deque[msgspec.Struct] = deque(maxlen=WAITING_MAX)
         self._dialling: asyncio.Task[None] | None = None
@@ -91,6 +94,27 @@ class PeerLink:
     async def request(self, body: msgspec.Struct, timeout_s: float) -> tuple[Any, int]:
         """The answer, and the life of who gave it. Raises `ChannelFault`, `TimeoutError`, `ChannelClosed` (also when there is no channel in time)."""
         deadline_s = self._host.clock.monotonic_s() + timeout_s
+        for _ in range(CHANNELS_PER_REQUEST_MAX - 1):
+            try:
+                return await self._request(body, deadline_s)
+            except ChannelClosed as closed:
+                # Of two channels that were dialled at once one goes, perhaps with this question on its way; questions may be asked again.
+                if not await self._is_back(deadline_s):
+                    raise closed from None
+        return await self._request(body, deadline_s)
+
+    async def _is_back(self, deadline_s: float) -> bool:
+        """Is there another channel, or is there soon?"""
+        if self._best() is None:
+            self.dial()
+            self._arrived.clear()
+            left_s = deadline_s - self._host.clock.monotonic_s()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(0.0, min(left_s, RECONNECT_SECONDS_MAX))):
+                    await self._arrived.wait()
+        return self._best() is not None
+
+    async def _request(self, body: msgspec.Struct, deadline_s: float) -> tuple[Any, int]:
         while (channel := self._best()) is None:
             self.dial()
             left_s = deadline_s - self._host.clock.monotonic_s()
@@ -109,8 +133,10 @@ class PeerLink:
     def _flush(self, channel: Channel) -> None:
         while self._waiting:
             body = self._waiting.popleft()
-            # Queued at once; the task only lets a burst drain.
-            self._spawn(_send(channel, body))
+            try:
+                channel.post(body)
+            except InterlockError as error:
+                _log.debug("a word to %s was lost: %s", channel.peer, error)
 
     def _spawn(self, work: Awaitable[None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)
@@ -146,6 +172,7 @@ class PeerLink:
                 accept=TransferWord,
                 deadline_s=HELLO_SECONDS_MAX,
                 token=self._token,
+                secure=self._secure if address.startswith("tcp:") else None,
             )
         except StaleError as error:
             self._superseded(error)
@@ -158,11 +185,12 @@ class PeerLink:
             await channel.close()
             return
         self.trouble, self._pause_s = "", RECONNECT_SECONDS_MIN
+        self._adopt(channel, dialled=True)  # at once: whoever posts before the task runs would dial again
         self._spawn(self._follow(channel))
 
     async def _follow(self, channel: Channel) -> None:
         try:
-            await self.attend(channel, dialled=True)
+            await self._attend(channel, dialled=True)
         finally:
             await channel.close()
 
@@ -175,16 +203,22 @@ class PeerLink:
 
     async def attend(self, channel: Channel, *, dialled: bool) -> None:
         """Serves it until it ends; the caller closes it."""
+        self._adopt(channel, dialled=dialled)
+        await self._attend(channel, dialled=dialled)
+
+    def _adopt(self, channel: Channel, *, dialled: bool) -> None:
         self._channels.append((channel, dialled))
+        if channel.peer_process is not None:
+            channel.peer_process.close()  # we ask for no proof of exit, so its descriptor goes now
+        self._prune()
+        self._arrived.set()
+        self._flush(channel)
+
+    async def _attend(self, channel: Channel, *, dialled: bool) -> None:
         try:
-            self._prune()
-            self._arrived.set()
-            self._flush(channel)
             await self._serve(channel)
         finally:
             self._channels.remove((channel, dialled))
-            if channel.peer_process is not None:
-                channel.peer_process.close()  # we ask for no proof of exit, so its descriptor goes now
 
     def _prune(self) -> None:
         """Of channels dialled by both sides that of the larger name stays."""
@@ -210,10 +244,3 @@ class PeerLink:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-
-
-async def _send(channel: Channel, body: msgspec.Struct) -> None:
-    try:
-        await channel.send(body)
-    except InterlockError as error:
-        _log.debug("a word to %s was lost: %s", channel.peer, error)

@@ -17,14 +17,15 @@ from interlock.transfer.lanes.base import LaneKind
 from interlock.transfer.link import PeerLink
 from interlock.transfer.outcomes import TransferFailed
 from interlock.transfer.peer import Peer, PeerStore
-from interlock.wire.channel import Channel
+from interlock.wire.channel import Channel, Secure
 from interlock.wire.identity import Identity
 
 _log = logging.getLogger(__name__)
 
 
 class Meeting:
-    """`serve`: hears a channel of that peer to its end; `begin`: a new endpoint's clock; `spawn`: a task that ends with the engine."""
+    """`serve`: hears a channel of that peer to its end; `begin`: a new endpoint's clock; `spawn`: a task that ends with the engine; `secure`: TLS
+    for what is dialled over TCP."""
 
     def __init__(
         self,
@@ -37,10 +38,12 @@ class Meeting:
         serve: Callable[[Channel, str], Awaitable[None]],
         begin: Callable[[Peer], None],
         spawn: Callable[[Coroutine[Any, Any, None]], None],
+        secure: Secure | None = None,
     ) -> None:
         self._host, self._me, self._directory, self._token = host, me, directory, token
         self._kinds, self._peers = kinds, peers
         self._serve, self._begin, self._spawn = serve, begin, spawn
+        self._secure = secure
         self._attempts = 0
         self._over: StaleError | None = None
 
@@ -62,6 +65,7 @@ class Meeting:
             self._token,
             lambda channel: self._serve(channel, name),
             self._superseded,
+            self._secure,
         )
         driver = EndpointDriver(
             self._host.clock,

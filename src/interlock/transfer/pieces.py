@@ -70,6 +70,8 @@ class Plan(msgspec.Struct, frozen=True):
     def chunks(self, ways: int) -> list[Chunk]:
         """For so many connections at a time."""
         each = min(CHUNK_BYTES, max(CHUNK_BYTES_MIN, -(-self.size_bytes // max(1, ways))))
+        if self.size_bytes <= each and len(self.requests) <= PIECES_PER_REQUEST_MAX:
+            return [Chunk(self.requests, self.into, self.size_bytes)]
         requests, into = _cut(self.requests, self.into, each)
         ends = np.cumsum(into[:, 1])
         chunks, start, before = [], 0, 0
@@ -140,6 +142,9 @@ def as_rows(part: Part) -> npt.NDArray[np.int64]:
 def check_rows(rows: npt.NDArray[np.int64], segment: RemoteSegment, memory: Memory) -> None:
     """Both sides' bounds, as far as they are known here; the owner checks its own again."""
     lengths = rows[:, 2]
+    room = np.array((segment.size_bytes, memory.size_bytes)) - lengths[:, None]
+    if int(rows.min()) >= 0 and int(lengths.min()) > 0 and not (rows[:, :2] > room).any():
+        return
     for name, offsets, size in (
         (f"segment {segment.number} of {segment.owner}", rows[:, 0], segment.size_bytes),
         ("the local buffer", rows[:, 1], memory.size_bytes),
@@ -156,11 +161,10 @@ def _join(requests: Requests, into: Iovecs) -> tuple[Requests, Iovecs]:
     """Pieces that touch on both sides are one."""
     if len(requests) == 1:
         return requests, into
-    touch = (
-        (requests[1:, 0] == requests[:-1, 0])
-        & (requests[1:, 1] == requests[:-1, 1] + requests[:-1, 2])
-        & (into[1:, 0] == into[:-1, 0] + into[:-1, 1])
-    )
+    touch = into[1:, 0] == into[:-1, 0] + into[:-1, 1]
+    if touch.any():
+        touch &= requests[1:, 0] == requests[:-1, 0]
+        touch &= requests[1:, 1] == requests[:-1, 1] + requests[:-1, 2]
     if not touch.any():
         return requests, into
     starts = np.flatnonzero(np.concatenate(([True], ~touch)))

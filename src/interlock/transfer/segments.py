@@ -149,15 +149,22 @@ class SegmentTable:
             pieces = np.empty((len(requests), 2), np.uint64)
             used: list[Segment] = []
             numbers = requests[:, 0]
-            for number in np.unique(numbers) if len(requests) > 1 else numbers:
-                used.append(self._place(requests, int(number), numbers == number, pieces))
+            first = int(numbers[0])
+            if len(requests) == 1 or (numbers == numbers[0]).all():
+                used.append(self._place(requests, first, None, pieces))
+            else:
+                for number in np.unique(numbers):
+                    used.append(self._place(requests, int(number), numbers == number, pieces))
             for segment in used:
                 segment.readers.add(reader)
         return pieces, used
 
-    def _place(self, requests: Requests, number: int, rows: npt.NDArray[np.bool_], pieces: Iovecs) -> Segment:
+    def _place(
+        self, requests: Requests, number: int, rows: npt.NDArray[np.bool_] | None, pieces: Iovecs
+    ) -> Segment:
+        """`rows`: those of this segment; None: all."""
         segment = self._segments.get(number)
-        first = int(np.argmax(rows))
+        first = 0 if rows is None else int(np.argmax(rows))
         if segment is None:
             raise PieceRefused(
                 "revoked", f"segment {number} of {self._owner} is not registered any more", first
@@ -166,19 +173,23 @@ class SegmentTable:
             raise PieceRefused(
                 "refused", f"{segment} is on {segment.memory.device}, which only NIXL lanes reach", first
             )
-        offsets, lengths = requests[rows, 1], requests[rows, 2]
+        mine = requests if rows is None else requests[rows]
+        offsets, lengths = mine[:, 1], mine[:, 2]
         size = np.uint64(segment.memory.size_bytes)
-        bad = (lengths == 0) | (offsets > size) | (lengths > size - np.minimum(offsets, size))
+        bad = (offsets >= size) | (
+            lengths - np.uint64(1) >= size - np.minimum(offsets, size)
+        )  # 0 - 1: the most
         if bad.any():
             at = int(np.argmax(bad))
-            index = int(np.flatnonzero(rows)[at])
+            index = at if rows is None else int(np.flatnonzero(rows)[at])
             raise PieceRefused(
                 "bounds",
                 f"{int(lengths[at])} bytes at {int(offsets[at])} do not lie in {segment} of {int(size)} bytes",
                 index,
             )
-        pieces[rows, 0] = offsets + np.uint64(segment.memory.address)
-        pieces[rows, 1] = lengths
+        where: Any = slice(None) if rows is None else rows
+        pieces[where, 0] = offsets + np.uint64(segment.memory.address)
+        pieces[where, 1] = lengths
         return segment
 
     def hold(self, segments: list[Segment], reader: Reader) -> bool:

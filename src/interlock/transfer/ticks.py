@@ -11,7 +11,7 @@ from interlock.core.limits import HEARTBEAT_SECONDS
 from interlock.host.base import Clock
 from interlock.transfer.peer import Peer, PeerStore
 
-HANDSHAKE_TICK_SECONDS = 0.25
+HANDSHAKE_TICK_SECONDS = 0.5
 """How often an endpoint that is not connected yet says again what it says."""
 TICK_GRAIN_SECONDS = 0.02
 """Endpoints that are due within it are looked at together: a thousand that open must not each cost a look at all."""

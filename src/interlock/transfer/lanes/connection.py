@@ -32,6 +32,7 @@ class Connection:
         self._again = False
         self._ending = ""
         self._told = False
+        self._armed = NOTHING
         self.closed: Future[None] = Future()
         self.moved_s = monotonic_s()
         """When bytes were moved last."""
@@ -42,7 +43,11 @@ class Connection:
 
     def begin(self) -> None:
         self.sock.to_threads()
-        self._pool.add(self.sock.fileno(), self.look)
+        self._pool.add(self.sock.fileno(), self._ready)
+        self.look()
+
+    def _ready(self) -> None:
+        self._armed = NOTHING  # what fired is armed no more
         self.look()
 
     def look(self) -> None:
@@ -89,7 +94,13 @@ class Connection:
         wanted = self.advance_safely()
         if self._ending:
             self._finish()
-        elif wanted != NOTHING:
+        else:
+            self.arm(wanted)
+
+    def arm(self, wanted: int) -> None:
+        """In the turn. What is armed already costs no call."""
+        if wanted not in (NOTHING, self._armed):
+            self._armed = wanted
             self._pool.arm(self.sock.fileno(), wanted)
 
     def advance_safely(self) -> int:

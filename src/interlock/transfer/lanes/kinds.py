@@ -12,9 +12,11 @@ from interlock.host.base import Host
 from interlock.host.bulk_pool import BulkPool
 from interlock.host.bulk_tls import TlsFiles
 from interlock.host.sockets import parse_address
+from interlock.host.stream_tls import secure
 from interlock.transfer.lanes.shm import ShmKind
 from interlock.transfer.lanes.tcp import TcpKind
 from interlock.transfer.segments import SegmentTable
+from interlock.wire.channel import Secure
 
 if TYPE_CHECKING:
     from interlock.transfer.lanes.base import LaneKind
@@ -35,7 +37,7 @@ class LaneOptions(msgspec.Struct, frozen=True, kw_only=True):
     connections: int = 2
     """Of one TCP lane; the second comes with the first large transfer."""
     tls: TlsFiles | None = None
-    """Certificates for TCP lanes; None: plain."""
+    """Certificates for TCP lanes, and for control channels over TCP; None: plain."""
     directory: str = ""
     """Private directory for the shm lanes' Unix sockets; empty: that of a Unix control address; a TCP one has none then."""
     nixl_backend: str = "UCX"
@@ -47,6 +49,20 @@ class LaneOptions(msgspec.Struct, frozen=True, kw_only=True):
         if kind == "shm" and kind in self.kinds:
             return "no directory for its sockets was given"
         return "it is switched off" if kind in KINDS else "it is not known"
+
+
+def control_tls(files: TlsFiles | None) -> tuple[Secure | None, Secure | None]:
+    """For control channels over TCP, (that we dial, that are dialled here), with the lanes' certificates; None: plain.
+
+    Raises `OSError` for files that cannot be read.
+    """
+    if files is None:
+        return None, None
+    dials, listens = files.contexts()
+    return (
+        lambda stream: secure(stream, dials, listens=False),
+        lambda stream: secure(stream, listens, listens=True),
+    )
 
 
 def make_kinds(

@@ -18,7 +18,7 @@ import numpy as np
 from interlock.core.errors import RemoteProtocolError
 from interlock.core.limits import BULK_PATIENCE_SECONDS
 from interlock.host.bulk import BulkSocket
-from interlock.host.bulk_pool import NOTHING, READABLE, WRITABLE, BulkPool
+from interlock.host.bulk_pool import HANGUP, NOTHING, READABLE, WRITABLE, BulkPool
 from interlock.host.foreign import Iovecs, address_of, advance
 from interlock.host.threads import monotonic_s
 from interlock.transfer.lanes import frames
@@ -127,7 +127,7 @@ class PullConnection(Connection):
             if self._is_over():
                 self._finish()
             else:
-                self._pool.arm(self.sock.fileno(), wanted)
+                self.arm(wanted)
         finally:
             self._turn.release()
         if self._again:
@@ -173,11 +173,14 @@ class PullConnection(Connection):
         return READABLE
 
     def _await_nothing(self) -> int:
-        """An idle connection is watched: its end is the lane's, and nothing may come unasked."""
+        """An idle connection's end is the lane's, and is watched; nothing may come unasked, and is found when it is asked next.
+
+        Were its bytes watched too, the answer to a thread that carries by itself (`carry_here`) would wake one of the pool besides.
+        """
         data = self.sock.receive(1, self._fds)
         if data is not None:
             raise RemoteProtocolError(f"{self.sock.peer.address} sent bytes that nobody asked for")
-        return READABLE
+        return HANGUP
 
     def _mind_the_end(self) -> None:
         """A transfer that is over is left at once; what still comes for it is waste."""

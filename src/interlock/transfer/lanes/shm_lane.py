@@ -13,14 +13,14 @@ import msgspec
 import numpy as np
 
 from interlock.core.limits import SEGMENTS_MAX
-from interlock.host.foreign import address_of, copy_memory, read_process
+from interlock.host.foreign import address_of, copy_pieces, read_process
 from interlock.host.memory import MappedMemory, map_memory
 from interlock.host.threads import Lock
 from interlock.transfer.lanes.pulling import MapAnswer, PullConnection
 from interlock.transfer.lanes.sockets import SocketLane
 from interlock.transfer.outcomes import Transfer
 from interlock.transfer.pieces import Chunk
-from interlock.transfer.segments import PieceRefused
+from interlock.transfer.segments import PieceRefused, Requests
 
 BOARD_BYTES = 8 * SEGMENTS_MAX
 BOARD = 0
@@ -316,7 +316,8 @@ class _Copy:
         lane, transfer = self._lane, self._transfer
         views: dict[int, _View] = {}
         numbers = chunk.requests[:, 0]
-        for number in np.unique(numbers) if len(numbers) > 1 else numbers:
+        is_one = len(numbers) == 1 or bool((numbers == numbers[0]).all())
+        for number in numbers[:1] if is_one else np.unique(numbers):
             view = lane.view(int(number))
             if view is None:
                 return self._ask(int(number))
@@ -324,20 +325,17 @@ class _Copy:
                 return SOCKET
             views[int(number)] = view
         for number, view in views.items():
-            _check(chunk, number, view)
+            _check(chunk.requests if is_one else chunk.requests[numbers == number], number, view)
             self._check_stands(number)
         for number, view in views.items():
-            rows = numbers == number
-            source = np.empty((int(rows.sum()), 2), np.uint64)
-            source[:, 0] = chunk.requests[rows, 1] + np.uint64(view.address)
-            source[:, 1] = chunk.requests[rows, 2]
-            into = chunk.into[rows] if len(views) > 1 else chunk.into
+            rows: Any = slice(None) if is_one else numbers == number
+            into = chunk.into[rows]
+            origins = chunk.requests[rows, 1] + np.uint64(view.address)
             if view.how == MAPPED:
-                for (to, count), origin in zip(into.tolist(), source[:, 0].tolist(), strict=True):
-                    if transfer.over or lane.is_ending:
-                        return "the lane was destroyed"
-                    copy_memory(to, origin, count)
+                if not copy_pieces(into, origins, lambda: transfer.over or lane.is_ending):
+                    return "the lane was destroyed"
             else:
+                source = np.stack((origins, into[:, 1]), axis=1)
                 try:
                     read_process(lane.process(), into, source)
                 except (OSError, BufferError) as error:
@@ -379,8 +377,7 @@ class _Copy:
             )
 
 
-def _check(chunk: Chunk, number: int, view: _View) -> None:
-    rows = chunk.requests[chunk.requests[:, 0] == number]
+def _check(rows: Requests, number: int, view: _View) -> None:
     size = np.uint64(view.size_bytes)
     bad = (rows[:, 1] > size) | (rows[:, 2] > size - np.minimum(rows[:, 1], size))
     if bad.any():

@@ -40,7 +40,7 @@ from interlock.transfer.lanes.serving import Mapper, ServeConnection
 from interlock.transfer.outcomes import Transfer
 from interlock.transfer.segments import SegmentTable
 
-GROW_BYTES = 8 * 1024 * 1024
+GROW_BYTES = 32 * 1024 * 1024
 """A smaller transfer gains nothing from a second connection."""
 AGAIN_SECONDS = 0.02
 ACCEPT_PAUSE_SECONDS = 0.1
