@@ -26,6 +26,8 @@ TWO_ENGINES = Shape(
     stop=False,
     quiet=True,
 )
+COMMANDED = msgspec.structs.replace(TWO_ENGINES, quiet=False, weights=True, run_s=20.0, step_s=0.03)
+"""Two people who update, suspend and resume it."""
 PLANTS = [
     Plant(
         story="an old attempt is heard: its words are taken for those of the new one",
@@ -33,7 +35,7 @@ PLANTS = [
         old="if delta.attempt != entry.attempt or entry.life is None:",
         new="if entry.life is None:",
         kinds=(),
-        found_at=6,
+        found_at=4,
         seeds_max=40,
         plan=THERE_AND_BACK,
         shape=TWO_ENGINES,
@@ -53,7 +55,7 @@ PLANTS = [
         old="and node <= self._last_node",
         new="",
         kinds=(),
-        found_at=20,
+        found_at=28,
         seeds_max=60,
         shape=msgspec.structs.replace(TWO_ENGINES, clients=True, ranks=2, kv_engines=2),
     ),
@@ -63,7 +65,7 @@ PLANTS = [
         old="hashlib.blake2b(body, digest_size=16).hexdigest().encode()",
         new='b"0" * 32',
         kinds=(),
-        found_at=0,
+        found_at=20,
         seeds_max=60,
         plan=[
             Fault(float(at), what, "coordinator")
@@ -78,7 +80,7 @@ PLANTS = [
         old="return _compare(fleet, target)",
         new="return fleet, ()",
         kinds=(),
-        found_at=0,
+        found_at=2,
         seeds_max=20,
         plan=(
             Fault(2.0, "clock-back", "host-a", detail="86400"),
@@ -91,10 +93,10 @@ PLANTS = [
     Plant(
         story="acknowledged before it is kept: a coordinator's decisions are not written down",
         where="interlock.fleet.coordinator:Coordinator._save",
-        old="self._file.save(fleet, self._book.records(), self._members.known())",
+        old="self._file.save(fleet, self._book.records(), members)",
         new="pass",
         kinds=("power",),
-        found_at=5,
+        found_at=0,
         seeds_max=40,
     ),
     Plant(
@@ -112,7 +114,7 @@ PLANTS = [
         old="member.connections -= 1",
         new="member.connections -= 1\n            self.store.process_gone(member)",
         kinds=("net",),
-        found_at=6,
+        found_at=19,
         seeds_max=60,
     ),
     Plant(
@@ -121,7 +123,7 @@ PLANTS = [
         old="if never_given:",
         new="if True:",
         kinds=("freeze",),
-        found_at=4,
+        found_at=3,
         seeds_max=40,
     ),
     Plant(
@@ -157,7 +159,7 @@ PLANTS = [
         old="if tokens or finish:",
         new="if tokens:",
         kinds=(),
-        found_at=0,
+        found_at=1,
         seeds_max=10,
     ),
     Plant(
@@ -184,7 +186,7 @@ PLANTS = [
         old="if self._leased and",
         new="if False and",
         kinds=("net",),
-        found_at=21,
+        found_at=20,
         seeds_max=120,
     ),
     Plant(
@@ -222,6 +224,78 @@ PLANTS = [
         kinds=("crash",),
         found_at=0,
         seeds_max=10,
+    ),
+    Plant(
+        story="a member serves before its update is done: the step is begun and not awaited",
+        where="interlock.engines.member:Member._perform",
+        old="await engine.update_weights(self._checkpoint(begin), begin.version, begin.kv)",
+        new="asyncio.ensure_future(engine.update_weights(self._checkpoint(begin), begin.version, begin.kv))",
+        kinds=(),
+        found_at=0,
+        seeds_max=10,
+        shape=COMMANDED,
+    ),
+    Plant(
+        story="a late joiner is served with old weights: it takes the fleet's version for its own",
+        where="interlock.core.lifecycle:_hear",
+        old="heard=target, failed=None",
+        new="heard=target, failed=None, version=member.version if heard else target.version",
+        kinds=(),
+        found_at=0,
+        seeds_max=20,
+        plan=[Fault(float(at), "crash", "engine-0") for at in (5, 8, 11, 14)],
+        shape=COMMANDED,
+    ),
+    Plant(
+        story="a hold is released by another owner: any UNPAUSE lets the fleet run",
+        where="interlock.core.commands:_unpause",
+        old="_release(fleet, frozenset({owner}))",
+        new="_release(fleet, frozenset(hold.owner for hold in fleet.holds))",
+        kinds=(),
+        found_at=0,
+        seeds_max=10,
+        shape=COMMANDED,
+    ),
+    Plant(
+        story="a cached block crosses versions: salts name the tenant alone",
+        where="interlock.fleet.requests:cache_salt",
+        old=":{tenant}:{version}",
+        new=":{tenant}:",
+        kinds=(),
+        found_at=0,
+        seeds_max=20,
+        shape=COMMANDED,
+    ),
+    Plant(
+        story="an update that another overtook is reported as done (this one was ours)",
+        where="interlock.fleet.command_book:_overtaken",
+        old="if record.version is not None and record.version != fleet.version:",
+        new="if False:",
+        kinds=(),
+        found_at=1,
+        seeds_max=40,
+        plan=[Fault(float(at), "cut", "engine-0", "coordinator", 2.5) for at in (2, 5, 8, 11, 14)],
+        shape=COMMANDED,
+    ),
+    Plant(
+        story="SUSPENDED is reported before fronts have their requests on disk",
+        where="interlock.fleet.keeping:RequestsKeeper._turn",
+        old="await self._save()",
+        new="pass",
+        kinds=(),
+        found_at=20,
+        seeds_max=40,
+        shape=COMMANDED,
+    ),
+    Plant(
+        story="memory is given up and never taken again: RESUME is reported when it was begun",
+        where="interlock.engines.member:Member._perform",
+        old="await engine.resume()",
+        new="asyncio.ensure_future(engine.resume())",
+        kinds=(),
+        found_at=2,
+        seeds_max=20,
+        shape=COMMANDED,
     ),
 ]
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from interlock.core.limits import SLOT_GRAIN_BYTES
 from interlock.store.slots import SlotState
-from interlock.testing.sim.engine import answer_to
 from interlock.testing.sim.kv import LAYOUT, content
 from interlock.testing.sim.loop import PROCESS
+from interlock.testing.sim.promises import Promises
+from interlock.testing.sim.tokens import went_back, wrong_token
 from interlock.wire.duplex import Channel
 
 if TYPE_CHECKING:
-    from interlock.core.targets import Target
     from interlock.engines.runner import Runner
     from interlock.fleet.dispatcher import Dispatcher
     from interlock.store.node import Node
@@ -24,6 +26,21 @@ if TYPE_CHECKING:
     from interlock.testing.sim.kernel import Kernel, SimProcess
 
 VIOLATIONS_MAX = 8
+
+
+class Reading(msgspec.Struct, eq=False):
+    """One request that a front has accepted and not ended, as its client sees it."""
+
+    front: SimProcess
+    prompt: list[int]
+    limit: int
+    tokens: list[int] = []
+    versions: list[str] = []
+    """Of each token: which weights made it, by the answer's own word."""
+    leaves: bool = False
+    """Its client aborts it in the middle."""
+    promised: bool = False
+    """The fleet was reported SUSPENDED with it."""
 
 
 class Checks:
@@ -43,18 +60,16 @@ class Checks:
         self.stopped_engines: set[str] = set()
         self.aborting = False
         """Somebody asked for a pause that aborts, or for a stop: an end "abort" is then a true end."""
-        self.held: dict[str, float] = {}
-        """Owner → since when its pause is confirmed and not yet released."""
-        self.remembering: set[SimProcess] | None = None
-        """Once the coordinator's state was lost: the engines that still know of its holds."""
-        self.open: dict[str, SimProcess] = {}
-        """Requests that a front has accepted and not ended."""
+        self.promises = Promises(self.violation, self.runners, self.engines)
+        self.open: dict[str, Reading] = {}
+        self._orphans: dict[str, dict[str, Reading]] = {}
+        """By front: what its earlier lives had open."""
+        self.spoilt: set[str] = set()
+        """Whose state files a fault has taken or changed."""
         self.waiting_for: set[str] = set()
         """Who has not shown yet that it is served after the faults."""
         self.channels: list[tuple[SimProcess, Channel]] = []
         """Every channel that is open, and whose it is."""
-        self._led = False
-        """A coordinator has told a target."""
         self._touching: dict[tuple[int, int], dict[SimProcess, str]] = {}
 
     def violation(self, words: str) -> None:
@@ -74,58 +89,55 @@ class Checks:
         """It is gone: what it held is over."""
         for things in (self.runners, self.engines, self.dispatchers, self.nodes):
             things.pop(process, None)
-        for request in [request for request, front in self.open.items() if front is process]:
-            del self.open[request]
+        for request, reading in list(self.open.items()):
+            if reading.front is process:
+                del self.open[request]
+                if not reading.leaves:
+                    self.orphans_of(process.name)[request] = reading
         for touching in self._touching.values():
             touching.pop(process, None)
-        if process.name == "admin":
-            self.held.clear()
-        if self.remembering is not None:
-            self.remembering.discard(process)
-            if not self.remembering:  # disk and every memory are gone: no system could know of the hold
-                self.held.clear()
-
-    def coordinator_forgets(self, *, excused: bool) -> None:
-        """Its state is lost: what holds there are stands in its engines' memory. Fronts remember them, too, but nobody waits for
-        their word: at a fleet's very first start that would cost seconds."""
-        if self._led and not excused:
-            self.violation(
-                "the coordinator has lost what it told, and nothing has happened to its disk but what it must survive"
-            )
-        self.remembering = {
-            process for process, runner in self.runners.items() if _holds(runner.member_state.heard)
-        }
-        if not self.remembering:
-            self.held.clear()
-
-    def coordinator_knows(self) -> None:
-        """It has told a target: what it leads by is on its disk."""
-        self.remembering, self._led = None, True
+        self.promises.process_ended(process)
 
     # --- tokens ----------------------------------------------------------------------------------------------------
 
-    def delivered(
-        self, request: str, prompt: Sequence[int], tokens: Sequence[int], limit: int, finish: str
-    ) -> None:
-        """No delivered token changes, is lost or repeated."""
-        right = answer_to(prompt, limit)
-        if list(tokens) != right[: len(tokens)]:
-            self.violation(f"request {request} was told {list(tokens)}, right is {right[: len(tokens)]}")
+    def orphans_of(self, front: str) -> dict[str, Reading]:
+        return self._orphans.setdefault(front, {})
+
+    def not_recovered(self, request: str, reading: Reading) -> None:
+        """Every engine has told what it holds, and nobody knows it any more: front and engine were lost together."""
+        if reading.promised and not self.spoilt:
+            self.violation(f"request {request} was lost, and the fleet was reported SUSPENDED with it")
+
+    def suspended(self, open_before: Collection[str]) -> None:
+        """What was open before somebody asked for it is on disk: whoever dies while it is so, it goes on afterwards."""
+        for request in open_before:
+            reading = self.open.get(request)
+            dispatcher = self.dispatchers.get(reading.front) if reading is not None else None
+            if reading is not None and dispatcher is not None and dispatcher.ledger.get(request) is not None:
+                reading.promised = (
+                    True  # one that has ended and is only not read to its end dies with its front
+                )
+
+    def wakes(self) -> None:
+        """Somebody asks for the end of the suspension."""
+        for readings in (self.open, *self._orphans.values()):
+            for reading in readings.values():
+                reading.promised = False
+
+    def delivered(self, request: str, reading: Reading, finish: str) -> None:
+        """No delivered token changes, is lost or repeated, and each says which weights made it."""
+        tokens, versions, limit = reading.tokens, reading.versions, reading.limit
+        wrong = wrong_token(reading.prompt, tokens, versions, kept=self.promises.kept_cache)
+        if wrong is None and not self.promises.versions_lost:
+            wrong = went_back(versions, self.promises.order)
+        if wrong is not None:
+            self.violation(f"request {request} was told {list(tokens)}: {wrong}")
         if finish == "length" and len(tokens) != limit:
             self.violation(f"request {request} ended as complete with {len(tokens)} of {limit} tokens")
         if finish == "abort" and not self.aborting:
             self.violation(f"request {request} ended as aborted, and nobody asked for that")
         if finish not in ("", "length", "abort"):
             self.violation(f"request {request} ended by {finish!r}")
-
-    # --- pauses ----------------------------------------------------------------------------------------------------
-
-    def stepped(self, process: SimProcess, stage: str) -> None:
-        """Pause means standing: while a confirmed hold is not released, no step begins or ends."""
-        for owner, since_s in self.held.items():
-            self.violation(
-                f"a step of {process} {stage} though {owner} was told at {since_s:.3f} s that the fleet stands"
-            )
 
     # --- KV memory -------------------------------------------------------------------------------------------------
 
@@ -189,8 +201,8 @@ class Checks:
     def check_left_over(self) -> None:
         """Served and idle: nothing is held for anybody."""
         for process, dispatcher in self.dispatchers.items():
-            if len(dispatcher.ledger):
-                entries = [entry.request.id for entry in dispatcher.ledger.entries()]
+            entries = [entry.request.id for entry in dispatcher.ledger.entries()]
+            if entries:
                 self.violation(f"{process} still has requests: {entries}")
         for process, runner in self.runners.items():
             if runner.desk is not None and runner.desk.requests:
@@ -202,16 +214,12 @@ class Checks:
                     self.violation(f"{count[state]} slots of {process} are still {state} with nobody writing")
             if node.store.counters["internal_errors"] or node.store.counters["integrity_failures"]:
                 self.violation(f"{process} counted internal errors of its own")
-        for request, process in self.open.items():
-            self.violation(f"request {request} of {process} never ended")
+        for request, reading in self.open.items():
+            self.violation(f"request {request} of {reading.front} never ended")
         for process in self.kernel.processes.values():
             allowed = 1 if process in self.nodes else 0
             if not process.dead and len(process.fds) > allowed:
                 self.violation(f"{process} holds {len(process.fds)} descriptors, {allowed} are in use")
-
-
-def _holds(known: Target | None) -> bool:
-    return known is not None and len(known.holds) > 0
 
 
 @contextlib.contextmanager

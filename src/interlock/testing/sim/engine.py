@@ -1,35 +1,56 @@
-"""A scripted engine for the real runner: each token is a function of all before it, so a loss, a repeat or a mix shows.
+"""A scripted engine for the real runner: tokens as `tokens` has them, a prefix cache, weights that can be changed, memory that can be given up.
 
 It steps as vLLM does: one loop, all running requests at once, one token each. A pause stands only when no step is under way.
+It believes whoever calls it: that a step has whole weights and memory, and that weights change only while it stands, is looked at
+from outside (`Watcher`), not refused.
+
+Its prefix cache is the worst that the contract allows: blocks are named by the request's salt and tokens alone, and survive every
+update, so that only salts keep versions apart. Requests that live through an update neither read nor save blocks any more.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-from array import array
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Protocol
 
-from interlock.core.targets import Mode
-from interlock.engines.base import Capabilities, Engine, Progress, RequestRejected, Work
+from interlock.core.targets import KeptCache, Mode
+from interlock.engines.base import (
+    Capabilities,
+    Engine,
+    EngineStartError,
+    Progress,
+    RequestRejected,
+    Unable,
+    UpdateFailed,
+    Work,
+)
 from interlock.testing.sim.host import SimHost
+from interlock.testing.sim.tokens import FIRST, next_token
 from interlock.wire.fleet_messages import Load
 
 MODEL_TOKENS = 512
 MODEL = "simulated"
+BLOCK_TOKENS = 4
+UPDATE_SECONDS_MAX = 1.0
+SUSPEND_SECONDS_MAX = 0.3
 
 
-def next_token(sequence: Sequence[int]) -> int:
-    digest = hashlib.blake2b(array("I", sequence).tobytes(), digest_size=4).digest()
-    return int.from_bytes(digest, "big") % 50_000
+class Watcher(Protocol):
+    """Who knows what must hold."""
 
+    def stepped(self, stage: str, weights: str | None) -> None:
+        """A step "begins" or "ends", with these weights; None: they are not whole, or not in memory."""
+        ...
 
-def answer_to(prompt: Sequence[int], count: int) -> list[int]:
-    """The tokens that any number of engines, however disturbed, must deliver."""
-    sequence = list(prompt)
-    for _ in range(count):
-        sequence.append(next_token(sequence))
-    return sequence[len(prompt) :]
+    def loaded(self, weights: str) -> None: ...
+
+    def wrong(self, words: str) -> None: ...
+
+    def trouble(self, what: str) -> bool:
+        """Whether this call ("update", "suspend", "resume") shall fail."""
+        ...
 
 
 class _Running:
@@ -41,14 +62,15 @@ class _Running:
         self.ready: list[int] = []
         self.finish = ""
         self.filled = asyncio.Event()
+        self.kv: list[str] | None = None
+        """Which weights computed each full block of its KV; None: there is none of it yet."""
+        self.cached_tokens = 0
+        self.caches = True
+        """Whether it reads and saves blocks: not after it has lived through an update."""
 
-    def advance(self) -> None:
-        token = next_token([*self.work.prompt, *self.made])
-        self.made.append(token)
-        self.ready.append(token)
-        if len(self.made) >= self.work.sampling.max_tokens:
-            self.finish = "length"
-        self.filled.set()
+    @property
+    def sequence(self) -> list[int]:
+        return [*self.work.prompt, *self.made]
 
     def end(self, finish: str) -> None:
         self.finish = self.finish or finish
@@ -56,13 +78,18 @@ class _Running:
 
 
 class SimEngine(Engine):
-    """`Engine` of `engines/base.py`. `on_step(stage)` is told when a step begins and ends."""
+    """`Engine` of `engines/base.py`."""
 
-    def __init__(self, host: SimHost, step_s: float, on_step: Callable[[str], None]) -> None:
-        self._host, self._step_s, self._on_step = host, step_s, on_step
+    def __init__(self, host: SimHost, step_s: float, watcher: Watcher, *, able: bool = False) -> None:
+        """`able`: it can change its weights and be suspended."""
+        self._host, self._step_s, self._watcher, self._able = host, step_s, watcher, able
         self._mode: Mode | None = None
         self._running: dict[str, _Running] = {}
         self._waiting: dict[str, _Running] = {}
+        self._cache: dict[tuple[str, tuple[int, ...]], str] = {}
+        self._content = FIRST
+        """What was loaded last, or is taken again at a resume."""
+        self._whole = self.memory = True
         self._changed = asyncio.Event()
         self._stepped = asyncio.Event()
         self._stepping = False
@@ -78,7 +105,16 @@ class SimEngine(Engine):
             max_model_tokens=MODEL_TOKENS,
             pause_modes=frozenset(Mode),
             features=[],
+            updates=self._able,
+            suspends=self._able,
         )
+
+    @property
+    def weights(self) -> str | None:
+        """What a step would compute with now."""
+        return self._content if self._whole and self.memory else None
+
+    # --- requests --------------------------------------------------------------------------------------------------
 
     async def generate(self, work: Work) -> AsyncGenerator[Progress, None]:
         if len(work.prompt) + work.sampling.max_tokens > MODEL_TOKENS:
@@ -90,7 +126,7 @@ class SimEngine(Engine):
                 await item.filled.wait()
                 item.filled.clear()
                 tokens, item.ready = item.ready, []
-                yield Progress(tokens, [], item.finish, 0)
+                yield Progress(tokens, [], item.finish, item.cached_tokens)
                 if item.finish:
                     return
         finally:
@@ -104,11 +140,13 @@ class SimEngine(Engine):
             item.end("abort")
         self._changed.set()
 
+    # --- the walk --------------------------------------------------------------------------------------------------
+
     async def pause(self, mode: Mode) -> None:
         self._mode = mode
         self._changed.set()
         if mode is Mode.ABORT:
-            for item in [*self._running.values(), *self._waiting.values()]:
+            for item in self._requests():
                 item.end("abort")
             self._running.clear()
             self._waiting.clear()
@@ -119,6 +157,39 @@ class SimEngine(Engine):
     async def unpause(self) -> None:
         self._mode = None
         self._changed.set()
+
+    async def update_weights(self, path: Path, version: str, kv: KeptCache = KeptCache.RECOMPUTE) -> None:
+        del version  # the content is what the directory holds, whatever it is called
+        self._must_stand("its weights change")
+        if not self.memory:
+            self._watcher.wrong("its weights change while it has no memory for them")
+        self._whole = False
+        await self._takes(UPDATE_SECONDS_MAX)
+        if self._watcher.trouble("update"):
+            raise UpdateFailed(f"{path} is torn")
+        for item in self._requests():
+            item.caches = False
+            if kv is KeptCache.RECOMPUTE:
+                item.kv = None
+        self._content, self._whole = path.name, True
+        self._watcher.loaded(path.name)
+        self._must_stand("its weights have changed")
+
+    async def suspend(self) -> None:
+        self._must_stand("it is suspended")
+        if self._watcher.trouble("suspend"):
+            raise Unable("its memory cannot be given up just now")
+        self.memory = False
+        self._cache.clear()
+        for item in self._requests():
+            item.kv = None
+        await self._takes(SUSPEND_SECONDS_MAX)
+
+    async def resume(self) -> None:
+        await self._takes(UPDATE_SECONDS_MAX)
+        if self._watcher.trouble("resume"):
+            raise EngineStartError("no memory is free just now")
+        self.memory = True
 
     async def stop(self) -> None:
         if self._loop is not None:
@@ -136,6 +207,18 @@ class SimEngine(Engine):
     def load(self) -> Load:
         return Load(len(self._running), len(self._waiting))
 
+    def _requests(self) -> list[_Running]:
+        return [*self._running.values(), *self._waiting.values()]
+
+    def _must_stand(self, why: str) -> None:
+        if self._stepping or self._mode is None:
+            self._watcher.wrong(f"{why} while it does not stand")
+
+    async def _takes(self, seconds_max: float) -> None:
+        await self._host.clock.sleep_s(self._host.process.kernel.rng.uniform(0.01, seconds_max))
+
+    # --- steps -----------------------------------------------------------------------------------------------------
+
     async def _run(self) -> None:
         while True:
             if self._mode is None:
@@ -150,14 +233,46 @@ class SimEngine(Engine):
 
     async def _step(self) -> None:
         self._stepping = True
-        self._on_step("begins")
+        self._watcher.stepped("begins", self.weights)
         batch = list(self._running.items())
         await self._host.clock.sleep_s(self._step_s * self._host.process.kernel.rng.uniform(0.5, 2.0))
         for key, item in batch:
             if self._running.get(key) is item:
-                item.advance()
+                self._advance(item)
                 if item.finish:
                     del self._running[key]
-        self._on_step("ends")
+        self._watcher.stepped("ends", self.weights)
         self._stepping = False
         self._stepped.set()
+
+    def _advance(self, item: _Running) -> None:
+        sequence, weights = item.sequence, self.weights or "none"
+        if item.kv is None:
+            item.kv = self._found(item, sequence)
+        known = len(item.kv)
+        item.kv += [weights] * (len(sequence) // BLOCK_TOKENS - known)
+        if item.caches:
+            for n in range(known, len(item.kv)):
+                self._cache.setdefault(_name(item, sequence, n + 1), weights)
+        token = next_token(weights, sequence, mixed=any(block != weights for block in item.kv))
+        item.made.append(token)
+        item.ready.append(token)
+        if len(item.made) >= item.work.sampling.max_tokens:
+            item.finish = "length"
+        item.filled.set()
+
+    def _found(self, item: _Running, sequence: list[int]) -> list[str]:
+        """The longest run of cached blocks, of which at least one token is left to compute."""
+        found: list[str] = []
+        while item.caches and (len(found) + 1) * BLOCK_TOKENS < len(sequence):
+            block = self._cache.get(_name(item, sequence, len(found) + 1))
+            if block is None:
+                break
+            found.append(block)
+        if not item.made:
+            item.cached_tokens = len(found) * BLOCK_TOKENS
+        return found
+
+
+def _name(item: _Running, sequence: list[int], blocks: int) -> tuple[str, tuple[int, ...]]:
+    return item.work.cache_salt, tuple(sequence[: blocks * BLOCK_TOKENS])

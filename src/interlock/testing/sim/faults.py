@@ -29,6 +29,8 @@ class Shape(msgspec.Struct, frozen=True):
     """The store's users go through the real, synchronous client."""
     quiet: bool = False
     """Nobody pauses the fleet."""
+    weights: bool = False
+    """Two people command it, who update its weights, suspend and resume it, too."""
 
 
 class Fault(msgspec.Struct, frozen=True):
@@ -61,6 +63,7 @@ def shape_of(seed: int) -> Shape:
         step_s=rng.choice((0.01, 0.03, 0.1)),
         stop=rng.random() < 0.3,
         clients=random.Random(f"clients {seed}").random() < 0.5,
+        weights=random.Random(f"weights {seed}").random() < 0.6,
     )
 
 

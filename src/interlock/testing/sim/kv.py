@@ -18,16 +18,17 @@ import msgspec
 from interlock.core.errors import ChannelFault, InterlockError
 from interlock.core.layouts import KVLayout, Shard, shard_of_rank
 from interlock.core.limits import SLOT_GRAIN_BYTES
+from interlock.core.packed_sums import pack_sums
 from interlock.core.prefixes import chain_keys
 from interlock.store.checksums import Binding, head_checksum, verify_block
 from interlock.testing.sim.host import Pages, SimHost
 from interlock.wire.channel import Channel, connect_channel
 from interlock.wire.identity import Identity
+from interlock.wire.locations import Location
 from interlock.wire.store_messages import (
     AbortWrite,
     Attach,
     Attached,
-    Location,
     Match,
     Matched,
     NodeMessage,
@@ -176,7 +177,8 @@ class Rank:
         self._world.promised(self._host.process, job.slab, [slot for _, slot in job.blocks])
         if not self._shard.area:
             good, sums = [], []
-        report = Report(job.session, job.attempt, self._rank, job.node_incarnation, job.slab, good, sums)
+        packed = [pack_sums(each) for each in sums]
+        report = Report(job.session, job.attempt, self._rank, job.node_incarnation, job.slab, good, packed)
         await self.user.insist(job.slab, report)
 
     async def _write(self, pages: Pages, where: Binding) -> list[int]:

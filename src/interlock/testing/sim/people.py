@@ -1,17 +1,21 @@
-"""Who uses the simulated fleet: clients with prompts, an administrator who pauses it, the launcher that starts again what dies."""
+"""Who uses the simulated fleet: clients with prompts, who come back for their answers where a front has died, and the launcher that
+sees what dies. (`administrators` are others.)"""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from interlock.core.errors import ChannelFault, InterlockError
-from interlock.fleet.client import CommandFailed, FleetClient
-from interlock.fleet.dispatcher import Dispatcher, NoMember, Overloaded, RequestFailed
+from interlock.core.errors import InterlockError
+from interlock.fleet.client import FleetClient
+from interlock.fleet.dispatcher import Dispatcher, Generation, NoMember, Overloaded, RequestFailed
 from interlock.fleet.ledger import GenerationRequest
+from interlock.testing.sim.checks import Reading
 from interlock.testing.sim.host import SimHost
 from interlock.testing.sim.kernel import SimProcess
+from interlock.testing.sim.tokens import spread
 from interlock.wire.engine_messages import Sampling
 from interlock.wire.identity import incarnation_in
 
@@ -20,46 +24,30 @@ if TYPE_CHECKING:
 
 STATES = Path("/var/lib/interlock")
 TOLD_SECONDS = 1.0
-EXCUSED = ("engine_failed", "no_member", "stopped", "closed", "deadline", "cannot_continue")
+EXCUSED = ("engine_failed", "no_member", "stopped", "closed", "deadline", "cannot_continue", "not_taken_up")
 """Named ends that a request may have while faults go on."""
+STEMS = [[stem * 10_000 + n for n in range(4 * stem + 4)] for stem in range(3)]
+"""Beginnings that prompts share, so that cached blocks are found."""
+LOOK_SECONDS = 0.3
 
 
-class Client:
-    """Sends one request after the other through a front of its own process, and reads the answers at its own pace."""
+class Reader:
+    """Reads answers at its own pace, and has each judged."""
 
-    def __init__(self, world: World, host: SimHost, dispatcher: Dispatcher, number: int) -> None:
-        self._world, self._host, self._dispatcher, self.number = world, host, dispatcher, number
-        self._requests = 0
+    def __init__(self, world: World, host: SimHost, dispatcher: Dispatcher) -> None:
+        self._world, self._host, self._dispatcher = world, host, dispatcher
 
-    async def run(self) -> None:
-        rng = self._host.process.kernel.rng
-        while not self._world.calm:
-            await self._host.clock.sleep_s(rng.expovariate(2.0))
-            await self._ask(abort=rng.random() < 0.08)
-        if self.number == 0:
-            while not await self._ask(abort=False):
-                await self._host.clock.sleep_s(0.3)
-            self._world.probed(self._host.process.name)
-
-    async def _ask(self, *, abort: bool) -> bool:
+    async def _read(self, request: str, generation: Generation, reading: Reading) -> bool:
         """Whether all tokens came."""
         rng = self._host.process.kernel.rng
-        self._requests += 1
-        name = f"{self._host.process.name}.{self._host.process.pid}.{self.number}.{self._requests}"
-        prompt = [int(rng.random() * 1000) for _ in range(1 + int(rng.random() * 8))]
-        limit = 1 + int(rng.random() * 40)
-        request = GenerationRequest(
-            id=name, prompt=prompt, sampling=Sampling(max_tokens=limit, temperature=0.0), deadline_s=120.0
-        )
-        tokens: list[int] = []
+        self._world.open[request] = reading
         finish = ""
         try:
-            generation = self._dispatcher.submit(request)
-            self._world.open[name] = self._host.process
             async for piece in generation:
-                tokens += piece.token_ids
+                reading.tokens += piece.token_ids
+                reading.versions += spread(piece.made)
                 finish = piece.finish
-                if abort and len(tokens) > limit // 2:
+                if reading.leaves and len(reading.tokens) > reading.limit // 2:
                     await generation.abort()
                 elif rng.random() < 0.1:
                     await self._host.clock.sleep_s(rng.random() * 0.5)
@@ -67,83 +55,79 @@ class Client:
             pass
         except RequestFailed as failed:
             if failed.code not in EXCUSED:
-                self._world.violation(f"request {name} failed: {failed}")
-        self._world.open.pop(name, None)
-        self._world.delivered(name, prompt, tokens, limit, finish)
+                self._world.violation(f"request {request} failed: {failed}")
+        self._world.open.pop(request, None)
+        self._world.delivered(request, reading, finish)
         self._world.served += finish == "length"
         return finish == "length"
 
 
-class Administrator:
-    """Pauses the fleet now and then, looks whether it stands, and lets it run again. Its word is law for the checks."""
+class Client(Reader):
+    """Sends one request after the other through a front of its own process."""
 
-    def __init__(self, world: World, host: SimHost, coordinator: str) -> None:
-        self._world, self._host = world, host
-        self._client = FleetClient(host, coordinator)
+    def __init__(self, world: World, host: SimHost, dispatcher: Dispatcher, number: int) -> None:
+        super().__init__(world, host, dispatcher)
+        self.number = number
 
-    async def run(self) -> int:
+    async def run(self) -> None:
         rng = self._host.process.kernel.rng
         while not self._world.calm:
-            await self._host.clock.sleep_s(rng.uniform(0.5, 5.0))
-            owner = rng.choice(("trainer", "operator"))
-            if not self._world.shape.quiet:
-                await self._pause_for_a_while(owner)
-        for owner in ("trainer", "operator"):
-            await self._let_go(owner)
-        self._world.probed("admin")
-        if self._world.shape.stop:
-            await self._stop()
-        await asyncio.Event().wait()
-        return 0
+            await self._host.clock.sleep_s(rng.expovariate(2.0))
+            await self._ask(leaves=rng.random() < 0.08)
+        if self.number == 0:
+            while not await self._ask(leaves=False):
+                await self._host.clock.sleep_s(0.3)
+            self._world.probed(self._host.process.name)
 
-    async def _pause_for_a_while(self, owner: str) -> None:
+    async def _ask(self, *, leaves: bool) -> bool:
         rng = self._host.process.kernel.rng
-        mode = rng.choice(("wait", "keep", "keep", "abort"))
-        self._world.aborting |= mode == "abort"
-        ends = rng.random() < 0.2
+        name = f"{self._host.process.name}.{self.number}.{self._world.next_number()}"
+        prompt = [int(rng.random() * 1000) for _ in range(1 + int(rng.random() * 8))]
+        if self._world.shape.weights and rng.random() < 0.6:
+            prompt = [*rng.choice(STEMS), *prompt[:3]]
+        limit = 1 + int(rng.random() * 40)
+        request = GenerationRequest(
+            id=name, prompt=prompt, sampling=Sampling(max_tokens=limit, temperature=0.0), deadline_s=120.0
+        )
         try:
-            await self._client.pause(
-                mode, owner=owner, timeout_s=rng.uniform(1.0, 8.0), hold_seconds=3.0 if ends else None
-            )
-        except (CommandFailed, ChannelFault, TimeoutError, OSError, InterlockError) as error:
-            self._world.kernel.note(f"{owner} could not pause: {error}")
-        else:
-            self._world.kernel.note(f"{owner} was told that the fleet stands ({mode})")
-            if not ends:
-                self._world.held[owner] = self._host.clock.monotonic_s() - self._host.process.machine.boot_s
-        await self._host.clock.sleep_s(rng.choice((0.5, 2.0, 8.0)) * rng.uniform(0.0, 2.0))
-        await self._let_go(owner)
+            generation = self._dispatcher.submit(request)
+        except (NoMember, Overloaded):
+            return False
+        return await self._read(name, generation, Reading(self._host.process, prompt, limit, leaves=leaves))
 
-    async def _let_go(self, owner: str) -> None:
-        """UNPAUSE, as often as it takes until it is done or refused because nothing is held."""
-        while True:
-            self._world.held.pop(owner, None)
-            try:
-                await self._client.unpause(owner=owner, timeout_s=5.0)
-            except ChannelFault as refused:
-                if not refused.retryable:
-                    return
-            except CommandFailed:
-                return  # it was accepted: the hold is released, however long the members take
-            except (TimeoutError, OSError, InterlockError) as error:
-                self._world.kernel.note(f"{owner} could not unpause: {error}")
-            else:
-                return
-            await self._host.clock.sleep_s(0.2)
 
-    async def _stop(self) -> None:
-        while self._world.unserved(besides_stop=True):
-            await self._host.clock.sleep_s(0.2)
-        self._world.aborting = True
+class Returner(Reader):
+    """The clients of a front's earlier lives, back for the rest of their answers: what they read again is what they had read."""
+
+    def __init__(self, world: World, host: SimHost, dispatcher: Dispatcher) -> None:
+        super().__init__(world, host, dispatcher)
+        self._taken: set[str] = set()
+
+    async def run(self) -> None:
         while True:
-            try:
-                await self._client.stop(owner="operator", timeout_s=20.0, composite=True)
-            except (CommandFailed, ChannelFault, TimeoutError, OSError, InterlockError) as error:
-                self._world.kernel.note(f"operator could not stop the fleet: {error}")
-                await self._host.clock.sleep_s(0.5)
-            else:
-                break
-        self._world.probed("stop")
+            await self._host.clock.sleep_s(LOOK_SECONDS)
+            orphans = self._world.orphans_of(self._host.process.name)
+            parked = set(self._dispatcher.parked) - self._taken
+            for request in sorted(parked):
+                self._taken.add(request)
+                before = orphans.pop(request, None)
+                generation = self._dispatcher.take_up(request)
+                if before is None:  # its client has left with the last life, and nobody wants the rest
+                    await generation.abort()
+                else:
+                    name = f"the rest of {request}"
+                    self._host.process.run(functools.partial(self._go_on, request, generation, before), name)
+            if self._dispatcher.recovered:
+                for request, lost in orphans.items():
+                    self._world.not_recovered(request, lost)
+                orphans.clear()
+
+    async def _go_on(self, request: str, generation: Generation, before: Reading) -> None:
+        reading = Reading(self._host.process, before.prompt, before.limit, promised=before.promised)
+        await self._read(request, generation, reading)
+        if reading.tokens[: len(before.tokens)] != before.tokens[: len(reading.tokens)]:
+            words = f"was told {before.tokens} and, taken up again, {reading.tokens}"
+            self._world.violation(f"request {request} {words}")
 
 
 class Launcher:

@@ -12,9 +12,7 @@ import gc
 import logging
 import random
 import warnings
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -25,20 +23,22 @@ from interlock.fleet.dispatcher import Dispatcher
 from interlock.store.main import slab_number
 from interlock.store.node import DiskConfig, Node
 from interlock.telemetry.events import Event, EventLog
-from interlock.testing.sim import kv, kv_client
-from interlock.testing.sim.checks import Checks, channels_seen
-from interlock.testing.sim.disk import SimDisk
+from interlock.testing.sim import kv
+from interlock.testing.sim.administrators import Administrator
+from interlock.testing.sim.afflictions import STATES, Afflicted
+from interlock.testing.sim.checks import channels_seen
 from interlock.testing.sim.engine import SimEngine
 from interlock.testing.sim.faults import Fault, Shape, processes_of
 from interlock.testing.sim.host import SimHost, simulated_os
-from interlock.testing.sim.kernel import KILLED, Kernel, SimProcess
+from interlock.testing.sim.kernel import Kernel, SimProcess
+from interlock.testing.sim.kv_trees import KvTrees
 from interlock.testing.sim.loop import PROCESS, SimLoop, Wedged
-from interlock.testing.sim.people import Administrator, Client, Launcher
+from interlock.testing.sim.people import Client, Launcher, Returner
 from interlock.testing.sim.threads import blocking_seam
+from interlock.testing.sim.tokens import FIRST, WEIGHTS
 from interlock.wire.identity import load_identity
 
 COORDINATOR = "unix:/run/coordinator.sock"
-STATES = Path("/var/lib/interlock")
 SERVES_AGAIN_SECONDS = 60.0
 """After the last fault everything is served again within so many simulated seconds."""
 SETTLE_SECONDS = 12.0
@@ -46,6 +46,8 @@ SETTLE_SECONDS = 12.0
 JOIN_SECONDS = 4.0
 LOOK_SECONDS = 0.5
 RESTART_SECONDS = (0.05, 1.5)
+TROUBLE = 0.08
+"""How often an engine fails to update, suspend or resume, before the faults cease."""
 LINES_MAX = 200_000
 
 
@@ -74,16 +76,14 @@ class Result(msgspec.Struct):
         return not self.violations
 
 
-class World(Checks):
+class World(Afflicted):
     """One run's processes and what must hold of them."""
 
     def __init__(self, kernel: Kernel, seed: int, shape: Shape, faults: Sequence[Fault]) -> None:
-        super().__init__(kernel)
-        self.seed, self.shape, self.faults = seed, shape, faults
-        self.events: dict[str, EventLog] = {}
-        self.spoilt: set[str] = set()
-        """Whose state files a fault has taken or changed."""
-        self.lives: dict[str, int] = {}
+        super().__init__(kernel, shape, faults)
+        self.seed = seed
+        self._version, self._number = int(FIRST), 0
+        self.kv_trees = KvTrees(self, RESTART_SECONDS)
         self.admin: Administrator | None = None
         self.launcher: Launcher | None = None
         self.waiting_for = {f"front-{n}" for n in range(shape.fronts)}
@@ -109,7 +109,7 @@ class World(Checks):
         if self.over or (living is not None and not living.dead):
             return
         if name.startswith("kv-"):
-            self._start_kv(name)
+            self.kv_trees.start(name)
             return
         main = self._mains.get(name) or (self._front if name.startswith("front") else self._engine)
         self.kernel.start(self.machine_of(name), name, main, self._ended)
@@ -150,9 +150,11 @@ class World(Checks):
             address=f"unix:/run/{name}.sock",
             coordinator=COORDINATOR,
             state_dir=STATES / name,
-            version="0",
+            version=FIRST,
+            weights=WEIGHTS + FIRST,
         )
-        engine = SimEngine(host, self.shape.step_s, lambda stage: self.stepped(host.process, stage))
+        watch = _EngineWatch(self, host.process)
+        engine = SimEngine(host, self.shape.step_s, watch, able=self.shape.weights)
         runner = Runner(host, engine, config)
         self.runners[host.process] = runner
         self.engines[host.process] = engine
@@ -162,12 +164,15 @@ class World(Checks):
         name = host.process.name
         host.files.make_private_dir(STATES / name)
         me = load_identity(host, STATES / name, name)
-        dispatcher = Dispatcher(host, me, COORDINATOR, events=self.log_of(host), no_member_s=30.0)
+        dispatcher = Dispatcher(
+            host, me, COORDINATOR, events=self.log_of(host), no_member_s=30.0, keep_in=STATES / name
+        )
         await dispatcher.start()
         self.dispatchers[host.process] = dispatcher
         clients = [Client(self, host, dispatcher, number) for number in range(3)]
         for client in clients:
             host.process.run(client.run, f"client {client.number}")
+        host.process.run(Returner(self, host, dispatcher).run, "returning clients")
         assert dispatcher.stale is not None
         why = await dispatcher.stale
         self.kernel.note(f"{host.process} must stop: {why}")
@@ -193,130 +198,17 @@ class World(Checks):
         self.launcher = Launcher(self, host, COORDINATOR)
         return await self.launcher.run()
 
+    def next_number(self) -> int:
+        self._number += 1
+        return self._number
+
+    def next_version(self) -> str:
+        """A name that no weights had before; later ones are higher."""
+        self._version += 1
+        return str(self._version)
+
     def log_of(self, host: SimHost) -> EventLog:
         return _Noted(host, self)
-
-    # --- engines of the store --------------------------------------------------------------------------------------
-
-    def _start_kv(self, name: str) -> None:
-        """A tree of processes, in one life: its ranks first, so that the scheduler can speak to them."""
-        engine = "-".join(name.split("-")[:2])
-        if any(
-            not p.dead for n, p in self.kernel.processes.items() if n == engine or n.startswith(engine + "-")
-        ):
-            return
-        life = self.lives[engine] = self.lives.get(engine, 0) + 1
-        kind: Any = kv_client if self.shape.clients else kv
-        ranks: list[kv.Rank | kv_client.Rank] = []
-        complete = asyncio.Event()
-
-        def rank_main(number: int) -> Callable[[SimHost], Awaitable[int]]:
-            async def main(host: SimHost) -> int:
-                rank = kind.Rank(self, host, engine, life, number, self.shape.ranks)
-                ranks.append(rank)
-                if len(ranks) == self.shape.ranks:
-                    complete.set()
-                return int(await rank.run())
-
-            return main
-
-        async def main(host: SimHost) -> int:
-            await complete.wait()
-            return int(await kind.Scheduler(self, host, engine, life, ranks).run())
-
-        for number in range(self.shape.ranks):
-            self.kernel.start("host-a", f"{engine}-r{number}", rank_main(number), self._kv_ended)
-        self.kernel.start("host-a", engine, main, self._kv_ended)
-
-    def _kv_ended(self, process: SimProcess) -> None:
-        """One of the tree is gone: the others linger for a while, and write on, before they are ended."""
-        self.forget(process)
-        if self.over:
-            return
-        engine = "-".join(process.name.split("-")[:2])
-        for name, other in self.kernel.processes.items():
-            if not other.dead and (name == engine or name.startswith(engine + "-")):
-                self.kernel.loop.later(self.kernel.rng.uniform(0.0, 3.0), other.end, KILLED)
-        self.kernel.loop.later(self.kernel.rng.uniform(*RESTART_SECONDS), self.start, engine)
-
-    # --- faults ----------------------------------------------------------------------------------------------------
-
-    def inflict(self, fault: Fault) -> None:
-        if self.calm:
-            return
-        self.kernel.note(f"FAULT {fault}")
-        process = self.kernel.processes.get(fault.target)
-        network, loop = self.kernel.network, self.kernel.loop
-        one, other = fault.target, fault.other
-        match fault.kind:
-            case "crash" if process is not None:
-                process.end(KILLED)
-            case "worker-death" if process is not None and process in self.engines:
-                self.engines[process].break_down()
-            case "freeze" if process is not None:
-                process.freeze()
-                loop.later(fault.seconds, process.thaw)
-            case "cut" | "one-way-cut":
-                ways = [(one, other), (other, one)] if fault.kind == "cut" else [(one, other)]
-                for way in ways:
-                    network.cut(*way)
-                    loop.later(fault.seconds, network.heal, *way)
-            case "reset" | "half-open":
-                network.break_connections(one, other, told="both" if fault.kind == "reset" else "one")
-            case "slow":
-                network.slow[one, other] = 50.0
-                loop.later(fault.seconds, network.slow.pop, (one, other), None)
-            case "disk-full" | "disk-errors" | "power-cut" | "clock-back":
-                self._inflict_on_machine(fault)
-            case "dies-at-disk" if process is not None:
-                process.die_at_disk = fault.detail
-            case "state-lost" if process is not None:
-                process.end(KILLED)
-                process.machine.disk.wipe(str(STATES / fault.target))
-                self.spoilt.add(fault.target)
-            case "bit-flip" if process is not None:
-                self._flip(process.machine.disk, STATES / fault.target)
-
-    def _flip(self, disk: SimDisk, directory: Path) -> None:
-        """One bit of one of its state files, drawn by the disk."""
-        paths = [path for path in disk.names if Path(path).parent == directory]
-        if paths:
-            self.spoilt.add(directory.name)
-            path = paths[int(self.kernel.rng.random() * len(paths))]
-            self.kernel.note(f"a bit flips in {path}: {disk.flip_bit(path)}")
-
-    def _inflict_on_machine(self, fault: Fault) -> None:
-        machine = self.kernel.machine(fault.target)
-        disk, loop = machine.disk, self.kernel.loop
-        match fault.kind:
-            case "disk-full":
-                disk.full = True
-                loop.later(fault.seconds, setattr, disk, "full", False)
-            case "disk-errors":
-                disk.failing = 0.3
-                loop.later(fault.seconds, setattr, disk, "failing", 0.0)
-            case "power-cut":
-                for process in list(machine.processes.values()):
-                    if process.name not in ("admin", "launcher"):  # they stand for people elsewhere
-                        process.end(KILLED)
-                disk.power_cut()
-            case "clock-back":
-                machine.wall_ns -= int(fault.detail) * 10**9
-
-    def _relent(self) -> None:
-        """The faults cease."""
-        self.kernel.note("the faults cease")
-        self.calm = True
-        network = self.kernel.network
-        for way in list(network._cuts):
-            network._cuts[way] = 1
-            network.heal(*way)
-        network.slow.clear()
-        for machine in self.kernel.machines.values():
-            machine.disk.full, machine.disk.failing = False, 0.0
-        for process in list(self.kernel.processes.values()):
-            process.die_at_disk = None
-            process.thaw()
 
     # --- the run ---------------------------------------------------------------------------------------------------
 
@@ -328,7 +220,7 @@ class World(Checks):
             self.kernel.loop.later(fault.at_s, self.inflict, fault)
         watching = asyncio.create_task(self._look(), name="checks")
         await asyncio.sleep(self.shape.run_s)
-        self._relent()
+        self.relent()
         await self._until_served()
         await asyncio.sleep(SETTLE_SECONDS)
         watching.cancel()
@@ -361,6 +253,29 @@ class World(Checks):
             )
 
 
+class _EngineWatch:
+    """What one engine does, told to the world's checks (`engine.Watcher`)."""
+
+    def __init__(self, world: World, process: SimProcess) -> None:
+        self._world, self._process = world, process
+
+    def stepped(self, stage: str, weights: str | None) -> None:
+        self._world.promises.stepped(self._process, stage, weights)
+
+    def loaded(self, weights: str) -> None:
+        self._world.kernel.note(f"{self._process} has loaded weights {weights}")
+        self._world.promises.loaded(self._process, weights)
+
+    def wrong(self, words: str) -> None:
+        self._world.violation(f"{self._process}: {words}")
+
+    def trouble(self, what: str) -> bool:
+        if self._world.calm or self._world.kernel.rng.random() >= TROUBLE:
+            return False
+        self._world.kernel.note(f"{self._process} fails to {what}")
+        return True
+
+
 class _Noted(EventLog):
     """An event log whose events stand in the run's timeline."""
 
@@ -372,9 +287,11 @@ class _Noted(EventLog):
         words = " ".join(f"{key}={value}" for key, value in fields.items())
         self._world.kernel.note(f"{self._process} {name} {words}")
         if name == "coordinator_without_state":
-            self._world.coordinator_forgets(excused="coordinator" in self._world.spoilt)
+            self._world.promises.coordinator_forgets(excused="coordinator" in self._world.spoilt)
         elif name == "target":
-            self._world.coordinator_knows()
+            self._world.promises.coordinator_knows()
+        elif name == "weights" and fields.get("known") is False:
+            self._world.promises.decided(str(fields["version"]))
         return super().emit(name, **fields)
 
 
