@@ -74,9 +74,7 @@ class Ours:
         self._count += 1
         sampling = Sampling(max_tokens=self._tokens, temperature=0.0, ignore_eos=True)
         made: list[int] = []
-        async for progress in self._engine.generate(
-            Work(key=str(self._count), prompt=prompt, sampling=sampling, cache_salt="")
-        ):
+        async for progress in self._engine.generate(Work.of(str(self._count), prompt, sampling, "")):
             made += progress.tokens
         return made
 
