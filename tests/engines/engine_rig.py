@@ -27,6 +27,7 @@ from interlock.wire.engine_messages import (
 )
 from interlock.wire.fleet_messages import MemberReport, Target, ToCoordinator
 from interlock.wire.identity import Identity
+from interlock.wire.token_ids import pack_ids
 
 WAIT_SECONDS = 10.0
 
@@ -90,7 +91,9 @@ class FakeFront:
         self, request: str, prompt: list[int], count: int, *, attempt: int = 1, epoch: int = 1
     ) -> None:
         sampling = Sampling(max_tokens=count)
-        await self.channel.send(Dispatch(request, attempt, Epoch(1, epoch), prompt, sampling, "salt"))
+        await self.channel.send(
+            Dispatch(request, attempt, Epoch(1, epoch), pack_ids(prompt), sampling, "salt")
+        )
 
     async def abort(self, request: str, attempt: int = 1) -> None:
         await self.channel.send(Abort(request, attempt))

@@ -15,6 +15,7 @@ from interlock.engines import desk
 from interlock.engines.base import EngineStartError
 from interlock.engines.runner import STATUS_FAILED, STATUS_STOPPED, STATUS_TOLD
 from interlock.wire.engine_messages import Cursor, Dispatch, Sampling
+from interlock.wire.token_ids import pack_ids
 
 P = [3, 1, 4]
 Q = [2, 7]
@@ -187,7 +188,7 @@ async def test_a_front_that_does_not_begin_with_resume_is_shown_the_door(rig: An
     rude = await connect_channel(
         rig.host, rig.address, me=Identity("rude", 1), role="front", accept=FromEngine, deadline_s=5.0
     )
-    await rude.send(Dispatch("x", 1, Epoch(1, 1), P, Sampling(max_tokens=1), "s"))
+    await rude.send(Dispatch("x", 1, Epoch(1, 1), pack_ids(P), Sampling(max_tokens=1), "s"))
     async with asyncio.timeout(5.0):
         assert [received async for received in rude.messages()] == []
     await rude.close()

@@ -21,6 +21,7 @@ from interlock.host.real import RealHost
 from interlock.wire.duplex import Received
 from interlock.wire.engine_messages import Dispatch, Resume, Sampling, Tokens
 from interlock.wire.identity import Identity
+from interlock.wire.token_ids import pack_ids
 
 P = [3, 1, 4]
 ESSAY = "x" * (FRAME_BYTES_MAX + 1)
@@ -144,7 +145,7 @@ async def test_of_connections_that_come_while_an_older_one_closes_only_the_last_
     for _ in range(20):
         await asyncio.sleep(0)
     assert [channel.closed is None for channel in channels] == [False, False, True]
-    channels[2].say(Dispatch("a", 1, Epoch(1, 1), P, Sampling(max_tokens=3), "salt"))
+    channels[2].say(Dispatch("a", 1, Epoch(1, 1), pack_ids(P), Sampling(max_tokens=3), "salt"))
     await engine.until_works(1)
     await engine.step(3)
     assert not channels[1].sent

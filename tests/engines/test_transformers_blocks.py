@@ -37,7 +37,7 @@ from interlock.store.client import MatchResult, StoreClient
 from interlock.store.keys import KeyChain, ModelSalt
 from interlock.testing.check_engine import Bench, Ground
 from interlock.wire.engine_messages import Sampling
-from interlock.wire.store_messages import Location
+from interlock.wire.locations import Location
 
 PATIENCE_S = 10.0
 LAYOUT = KVLayout(layers=3, heads=4, block_tokens=8, content=32, dtype="float32")
@@ -131,7 +131,7 @@ class Fleet:
 
 
 def work(key: str, salt: str) -> Work:
-    return Work(key=key, prompt=TOKENS, sampling=Sampling(max_tokens=1), cache_salt=salt)
+    return Work.of(key, TOKENS, Sampling(max_tokens=1), salt)
 
 
 def joined(good: int, per_rank: list[Any]) -> torch.Tensor:
@@ -283,7 +283,7 @@ def test_a_refused_save_is_made_up_for_by_the_next(
     fleet, whole = Fleet(store, tmp_path), kv(6)
     fleet.scheduler.lookup(work("r", "refused:0"), 0)
     with monkeypatch.context() as patch:
-        patch.setattr(fleet.clients[0], "start_write", lambda *_: None)
+        patch.setattr(fleet.clients[0], "start_write", lambda *_, **__: None)
         assert fleet.scheduler.completed("r", TOKENS, 0, 3) is None
     orders = fleet.scheduler.completed("r", TOKENS, 3, 6)
     assert orders is not None

@@ -40,6 +40,7 @@ from interlock.wire.channel import Channel, connect_channel, serve_channels
 from interlock.wire.engine_messages import (
     Abort,
     Acknowledge,
+    AcknowledgeAll,
     Cursor,
     Delta,
     Dispatch,
@@ -49,6 +50,7 @@ from interlock.wire.engine_messages import (
     Tokens,
 )
 from interlock.wire.identity import load_identity
+from interlock.wire.token_ids import unpack_ids
 
 MODEL_TOKENS = 4096
 READ_SECONDS = 20.0
@@ -121,6 +123,8 @@ class ScriptedEngine:
         self.targets: list[wire.Target] = []
         self.taken: list[Begin] = []
         self.fail_update: str | None = None
+        self.fails: dict[str, bool] = {}
+        """Steps that fail, and whether they leave everything as it was."""
         self.refuse_with: str | None = None
         self.repeat_frames = False
         self.hold_steps = asyncio.Event()
@@ -200,7 +204,7 @@ class ScriptedEngine:
         if stream.finish:
             return
         sampling = stream.dispatch.sampling
-        stream.tokens.append(next_token([*stream.dispatch.prompt, *stream.tokens]))
+        stream.tokens.append(next_token([*unpack_ids(stream.dispatch.prompt), *stream.tokens]))
         if stream.tokens[-1] in sampling.stop_token_ids:
             stream.finish = "stop"
         elif len(stream.tokens) >= sampling.max_tokens:
@@ -233,10 +237,16 @@ class ScriptedEngine:
                 case Dispatch() as dispatch:
                     await self._dispatch(channel, dispatch)
                 case Abort(request, attempt) | Acknowledge(request, attempt):
-                    stream = self.streams.get(request)
-                    if stream is not None and stream.dispatch.attempt <= attempt:
-                        del self.streams[request]
+                    self._end(request, attempt)
+                case AcknowledgeAll(ends):
+                    for end in ends:
+                        self._end(end.request, end.attempt)
             await self._notify()
+
+    def _end(self, request: str, attempt: int) -> None:
+        stream = self.streams.get(request)
+        if stream is not None and stream.dispatch.attempt <= attempt:
+            del self.streams[request]
 
     async def _resume(self, channel: Channel, cursors: list[Cursor]) -> None:
         wanted = {cursor.request: cursor for cursor in cursors}
@@ -284,6 +294,8 @@ class ScriptedEngine:
         self.taken.append(begin)
         if begin.step == "UPDATE" and self.fail_update is not None:
             self._apply(StepFailed(begin.attempt, self.fail_update))
+        elif begin.step in self.fails:
+            self._apply(StepFailed(begin.attempt, f"no {begin.step} today", self.fails[begin.step]))
         else:
             version = begin.version if begin.step == "UPDATE" else self.member.version
             self._apply(StepFinished(begin.attempt, version))
@@ -348,7 +360,8 @@ class ScriptedEngine:
 async def main(directory: str, name: str, coordinator: str, step_s: str) -> None:
     """`step_s` is "instant" for an engine that answers each dispatch whole and at once."""
     pace: dict[str, Any] = {"instant": True} if step_s == "instant" else {"step_s": float(step_s)}
-    async with ScriptedEngine(RealHost(), Path(directory), name, coordinator, **pace):
+    abilities = ("updates", "suspends")
+    async with ScriptedEngine(RealHost(), Path(directory), name, coordinator, abilities=abilities, **pace):
         await asyncio.Event().wait()
 
 

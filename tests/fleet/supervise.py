@@ -34,7 +34,10 @@ async def supervise(port: int, base: Path, behaviour: dict[str, dict[str, object
 
     coordinator = f"unix:{run}/coordinator.sock"
     config = CoordinatorConfig(
-        address=coordinator, state_dir=states / "coordinator", expected=["engine-0", "engine-1"]
+        address=coordinator,
+        state_dir=states / "coordinator",
+        expected=["engine-0", "engine-1"],
+        launches=True,
     )
     plan = FleetPlan(
         coordinator=Part(name="coordinator", kind="coordinator", config=encode_config(config)),

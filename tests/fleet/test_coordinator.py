@@ -118,7 +118,7 @@ async def test_progress_names_who_is_waited_for(fleet: Fleet) -> None:
     _a, b = await start(fleet, "a", "b")
     b.hold_steps.clear()
     seen: list[dict[str, str]] = []
-    async for progress in fleet.client.command(fleet.client.order("PAUSE", "t", 10.0)):
+    async for progress in fleet.client.follow(fleet.client.order("PAUSE", "t", 10.0)):
         seen.append(outcomes(progress))
         if seen[-1] == {"a": "standing", "b": "waiting"}:
             assert "b" in progress.message

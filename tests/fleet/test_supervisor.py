@@ -190,18 +190,55 @@ def test_a_part_that_dies_while_others_are_still_starting_ends_the_start(
     assert not fleet.base.exists()
 
 
-def test_ctl_stop_ends_the_engines_and_then_the_fleet_with_status_zero(
+def test_ctl_stop_with_end_ends_the_engines_and_then_the_fleet_with_status_zero(
     make_fleet: Callable[..., Fleet],
 ) -> None:
     fleet = make_fleet()
     fleet.until_ready()
     mark = fleet.mark()
-    done = fleet.ctl("stop", "--owner", "test")
+    done = fleet.ctl("stop", "--end", "--owner", "test")
     assert done.returncode == 0, done.stderr
     assert fleet.process.wait(SECONDS) == 0
     assert "the fleet is stopped" in fleet.said()
     assert not marked(mark)
     assert not fleet.base.exists()
+
+
+def test_a_fleet_stopped_to_zero_is_started_again_by_ctl(make_fleet: Callable[..., Fleet]) -> None:
+    fleet = make_fleet()
+    fleet.until_ready()
+    states = lambda: [  # noqa: E731
+        m["state"] for m in json.loads(fleet.ctl("status", "--json").stdout or "{}").get("members", [])
+    ]
+    for again in (1, 2):
+        stopped = fleet.ctl("stop", "--owner", "test")
+        assert stopped.returncode == 0, stopped.stderr
+        until(lambda: len(marked(fleet.mark())) == len(PARTS) - 2, "both engines are gone, the others stay")
+        assert fleet.process.poll() is None
+        refused = fleet.ctl("unpause", "--owner", "test")
+        assert "START launches it" in refused.stderr
+        started = fleet.ctl("start", "--owner", "test")
+        assert started.returncode == 0, started.stderr
+        assert states() == ["RUNNING"] * 2, "START is done when every engine runs, not before"
+        assert [fleet.starts(name) for name in ("engine-0", "engine-1")] == [again + 1] * 2
+    refused = fleet.ctl("start", "--owner", "test")
+    assert (refused.returncode != 0, "it runs" in refused.stderr) == (True, True)
+    assert fleet.ctl("stop", "--owner", "test").returncode == 0
+    ended = fleet.ctl("stop", "--end", "--owner", "test")
+    assert (ended.returncode, "the fleet has ended" in ended.stdout) == (0, True)
+    assert fleet.process.wait(SECONDS) == 0
+
+
+def test_a_start_that_overtakes_a_stop_leaves_no_engine_behind(make_fleet: Callable[..., Fleet]) -> None:
+    fleet = make_fleet()
+    fleet.until_ready()
+    fleet.ctl("stop", "--owner", "test", "--no-wait")
+    until(lambda: fleet.ctl("start", "--owner", "test", "--no-wait").returncode == 0, "START is accepted")
+    status = lambda: json.loads(fleet.ctl("status", "--json").stdout or "{}")  # noqa: E731
+    until(
+        lambda: [(m["state"], m["standing"]) for m in status().get("members", [])] == [("RUNNING", True)] * 2,
+        "both run",
+    )
 
 
 def test_leftovers_of_a_fleet_that_was_killed_whole_are_swept_by_the_next(
@@ -229,7 +266,7 @@ def test_ctl_tells_an_illegal_command_and_an_absent_fleet_apart(make_fleet: Call
     fleet = make_fleet()
     fleet.until_ready()
     refused = fleet.ctl("unpause", "--owner", "test")
-    assert (refused.returncode, "UNPAUSE is refused" in refused.stderr) == (1, True)
+    assert (refused.returncode, "UNPAUSE is refused" in refused.stderr) == (3, True)
     paused = fleet.ctl("pause", "--owner", "test", "--json")
     assert json.loads(paused.stdout)["ok"]
     assert "PAUSED" in fleet.ctl("status").stdout

@@ -24,7 +24,16 @@ from interlock.web.app import make_app
 from interlock.web.front import Access, Front
 from interlock.web.main import FrontServer
 from interlock.wire.engine_messages import TokenLogprobs
-from interlock.wire.fleet_messages import CommandProgress, EngineFacts, Hold, Member, Membership
+from interlock.wire.fleet_messages import (
+    CommandProgress,
+    CommandReport,
+    EngineFacts,
+    Events,
+    Happened,
+    Hold,
+    Member,
+    Membership,
+)
 
 MODEL = "tiny"
 MODEL_TOKENS_MAX = 256
@@ -61,11 +70,26 @@ class ScriptedFleet:
         self.membership: Membership | None = membership()
         self.coordinator_connected = True
         self.ready = True
+        self.counters: dict[str, int] = {}
         self.refuse: InterlockError | None = None
         self.requests: list[GenerationRequest] = []
         self.aborted: list[str] = []
         self.running: dict[str, asyncio.Task[None]] = {}
         self.generations: dict[str, Generation] = {}
+        self.kept: dict[str, GenerationRequest] = {}
+        """What an earlier life of this front had: it goes on by the script when it is taken up, from its first token."""
+        self.recovered = True
+        self.taken_up: list[str] = []
+
+    def known(self, request: str) -> GenerationRequest | None:
+        return self.kept.get(request)
+
+    def take_up(self, request: str) -> Generation:
+        self.taken_up.append(request)
+        generation = Generation(self.kept[request], self._abort)
+        self.generations[request] = generation
+        self.running[request] = asyncio.create_task(self._run(self.kept[request], generation))
+        return generation
 
     def in_flight(self) -> dict[str, int]:
         return {"engine-0": len(self.running), "": 0}
@@ -138,6 +162,27 @@ class ScriptedCoordinator:
 
     async def resume(self, **more: Any) -> CommandProgress:
         return self._called("resume", **more)
+
+    async def start(self, **more: Any) -> CommandProgress:
+        return self._called("start", **more)
+
+    async def drain(self, **more: Any) -> CommandProgress:
+        return self._called("drain", **more)
+
+    async def stop(self, **more: Any) -> CommandProgress:
+        return self._called("stop", **more)
+
+    async def command(self, command_id: str, **more: Any) -> CommandReport:
+        progress = self._called("command", command_id=command_id, **more)
+        return CommandReport("t", command_id, "PAUSE", "PAUSED", 0.0, progress)
+
+    async def events(self, after: int = 0, ring: str = "", **more: Any) -> Events:
+        self._called("events", after=after, ring=ring, **more)
+        return Events("r", [Happened(after + 1, 0, "target", {"state": "PAUSED"})], after + 1)
+
+    async def metrics(self, timeout_s: float = 5.0) -> str:
+        self._called("metrics")
+        return "interlock_coordinator_members 1\n"
 
     def _called(self, verb: str, **more: Any) -> CommandProgress:
         self.calls.append((verb, more))

@@ -335,6 +335,23 @@ async def test_commands_need_a_secret_even_where_the_model_is_open(make_world) -
     ]
 
 
+async def test_every_command_and_question_of_the_coordinator_has_its_path(make_world) -> None:
+    world = make_world(access=Access(admin_token="t0k"))
+    given = {"authorization": "Bearer t0k"}
+    for verb in ("suspend", "resume", "drain", "stop"):
+        assert (await world.ask("POST", f"/interlock/{verb}?owner=me", None, given)).status == 200
+        assert (await world.ask("POST", f"/interlock/{verb}")).status == 401
+    assert [verb for verb, _ in world.coordinator.calls] == ["suspend", "resume", "drain", "stop"]
+    assert world.coordinator.calls[-1][1]["composite"] is True
+    found = (await world.ask("GET", "/interlock/command?id=abc", None, given)).json
+    assert (found["command_id"], found["progress"]["ok"]) == ("abc", True)
+    told = (await world.ask("GET", "/interlock/events?after=7&ring=r", None, given)).json
+    assert (told["events"][0]["number"], told["last"]) == (8, 8)
+    assert (await world.ask("GET", "/interlock/events")).status == 401
+    world.coordinator.error = ChannelFault("unknown_command", "no command abc is known")
+    assert (await world.ask("GET", "/interlock/command?id=abc", None, given)).status == 404
+
+
 @pytest.mark.parametrize(
     ("query", "param"),
     [("mode=hard", "mode"), ("timeout_s=0", "timeout_s"), ("timeout_s=x", "timeout_s"), ("no=1", "no"),

@@ -71,3 +71,29 @@ async def test_metrics_count_requests_tokens_and_the_fleet(world, step) -> None:
     assert values["interlock_members", "RUNNING"] == 1
     assert values["interlock_epoch_number",] == 4
     assert values["interlock_epoch_term_number",] == 3
+
+
+async def test_metrics_have_every_state_and_what_the_dispatcher_refused_and_pass_the_coordinators_on(
+    world,
+) -> None:
+    world.fleet.counters = {"dispatches": 5, "refused_not_running": 2, "ended_length": 3, "overloaded": 1}
+    text = (await world.ask("GET", "/metrics")).body.decode()
+    values = {
+        (s.name, *sorted(s.labels.values())): s.value
+        for f in text_string_to_metric_families(text)
+        for s in f.samples
+    }
+    assert values["interlock_members", "SUSPECT"] == 0
+    assert values["interlock_target_info", "RUNNING"] == 1
+    assert values["interlock_target_info", "PAUSED"] == 0
+    assert values["interlock_holds", "keep"] == 0
+    assert values["interlock_weights_info", "v1"] == 1
+    assert values["interlock_dispatches_total",] == 5
+    assert values["interlock_engine_refusals_total", "not_running"] == 2
+    assert values["interlock_ended_requests_total", "length"] == 3
+    assert values["interlock_refused_requests_total", "overloaded"] == 1
+    assert values["interlock_coordinator_connected_info",] == 1
+    assert values["interlock_coordinator_members",] == 1
+    world.coordinator.error = ConnectionRefusedError("no\ncoordinator")
+    text = (await world.ask("GET", "/metrics")).body.decode()
+    assert "# the coordinator cannot be asked: no coordinator\n" in text

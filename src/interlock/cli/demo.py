@@ -196,11 +196,12 @@ async def running_fleet(
     *,
     engine: str = "vllm:2",
     tp: int = 1,
+    data_parallel: int = 1,
 ) -> AsyncIterator[Fleet]:
     """`interlock serve` in a child process, ready; ended, with all its processes, on the way out. `engine` names numbers."""
     interlock = [sys.executable, "-m", "interlock"]
     engines = sum(int(part.partition(":")[2]) for part in engine.split(","))
-    shape = ["--engine", engine, "--tp", str(tp)]
+    shape = ["--engine", engine, "--tp", str(tp), "--data-parallel", str(data_parallel)]
     argv = [*interlock, "serve", model, *shape, "--port", str(port), "--served-model-name", "demo"]
     child = await host.spawn(argv, env=dict(os.environ), log=None)
     fleet = Fleet(host, child, port, interlock)

@@ -1,6 +1,7 @@
 """The command line: what there is to say, checked before anything heavy is imported.
 
-Exit status: 0 done, 1 it failed, 2 it was asked wrongly, 130 interrupted. What failed is one sentence on standard error.
+Exit status: 0 done, 1 it failed, 2 it was asked wrongly, 3 it was refused, 4 it did not get there in time, 130 interrupted.
+What failed is one sentence on standard error.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from interlock import __version__
+from interlock.cli import store_peers
 from interlock.cli.errors import Failure, Usage
 
 ENGINE_KINDS = ("vllm", "transformers")
@@ -124,6 +126,14 @@ def _add_serve(commands: argparse._SubParsersAction[Parser]) -> None:
         "--tp", type=positive, default=1, metavar="N", help="tensor-parallel ranks of each engine (default 1)"
     )
     serve.add_argument(
+        "--data-parallel",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="ranks of each Transformers engine that serve requests of their own and share a mixture-of-experts model's "
+        "experts, in lockstep (default 1)",
+    )
+    serve.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1); others need --api-key"
     )
     serve.add_argument(
@@ -147,6 +157,13 @@ def _add_serve(commands: argparse._SubParsersAction[Parser]) -> None:
         "--disk-gib", type=gibibytes, default=10.0, metavar="X", help="its size (default 10 GiB)"
     )
     serve.add_argument(
+        "--state-dir",
+        type=Path,
+        metavar="DIR",
+        help="a directory for the fleet's state: started again with it, a fleet is what it was told to be last, and a suspended one "
+        "has its requests (default: gone with the fleet)",
+    )
+    serve.add_argument(
         "--snapshots-gib",
         type=gibibytes_or_none,
         metavar="X",
@@ -156,65 +173,28 @@ def _add_serve(commands: argparse._SubParsersAction[Parser]) -> None:
     serve.add_argument(
         "--api-key", metavar="KEY", help="asked of every client; default: $INTERLOCK_API_KEY, else none"
     )
+    store_peers.add_serve_options(serve)
 
 
 def _add_ctl(commands: argparse._SubParsersAction[Parser]) -> None:
+    from interlock.cli.ctl_words import add_verbs
+
     ctl = commands.add_parser(
         "ctl",
-        help="status, pause, unpause, update, suspend, resume, drain, stop of a running fleet",
+        help="status, pause, unpause, update, suspend, resume, drain, stop, events of a running fleet",
+        description="One question or one command to a running fleet. Exit status: 0 done, 1 failed, 2 asked wrongly, "
+        "3 refused (nothing was changed), 4 not there in time.",
         allow_abbrev=False,
     )
-    verbs = ctl.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)
     common = Parser(add_help=False)
     common.add_argument("--port", type=port, default=8000, help="HTTP port of the fleet (default 8000)")
-    common.add_argument("--json", action="store_true", help="answer as one JSON object")
+    common.add_argument(
+        "--json", action="store_true", help="answer as JSON on standard output, one object a line"
+    )
     common.add_argument(
         "--timeout", type=seconds, default=60.0, metavar="S", help="seconds to wait (default 60)"
     )
-    verbs.add_parser("status", parents=[common], help="what the fleet is and shall be", allow_abbrev=False)
-    held = Parser(add_help=False)
-    held.add_argument("--owner", type=name, help="whose hold it is (default: your user name)")
-    pause = verbs.add_parser(
-        "pause", parents=[common, held], help="stop between two steps, and hold", allow_abbrev=False
-    )
-    pause.add_argument(
-        "--mode",
-        choices=["keep", "wait", "abort"],
-        default="keep",
-        help="running requests: frozen (keep, the default), first ended (wait), or aborted (abort)",
-    )
-    pause.add_argument(
-        "--allow-unknown", action="store_true", help="succeed also when a member cannot be seen"
-    )
-    unpause = verbs.add_parser(
-        "unpause", parents=[common, held], help="release your hold", allow_abbrev=False
-    )
-    unpause.add_argument(
-        "--break-hold-of", type=name, metavar="OWNER", help="release somebody else's instead"
-    )
-    update = verbs.add_parser(
-        "update", parents=[common, held], help="change the weights of a paused fleet", allow_abbrev=False
-    )
-    update.add_argument("version", type=name, metavar="VERSION", help="what the new weights are called")
-    update.add_argument("weights", metavar="DIRECTORY", help="their checkpoint directory")
-    update.add_argument(
-        "--kv",
-        choices=["recompute", "keep"],
-        default="recompute",
-        help="KV of frozen requests: computed anew by the new weights (the default), or kept",
-    )
-    verbs.add_parser(
-        "suspend", parents=[common, held], help="a paused fleet gives its memory back", allow_abbrev=False
-    )
-    verbs.add_parser(
-        "resume", parents=[common, held], help="and takes it again; it is paused then", allow_abbrev=False
-    )
-    verbs.add_parser(
-        "drain", parents=[common, held], help="let running requests end, then stop", allow_abbrev=False
-    )
-    verbs.add_parser(
-        "stop", parents=[common, held], help="end every engine, and the fleet", allow_abbrev=False
-    )
+    add_verbs(ctl.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser), common, name)
 
 
 def _add_others(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -224,6 +204,7 @@ def _add_others(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 OTHERS = {
+    "attach": "make a running vLLM server a member of a fleet, by its URL",
     "transfer": "transfer engines by hand: serve memory, ping, explain, bench",
     "demo": "show reuse, pause, and an engine's death on a running fleet, and check every token",
     "store": "a KV store node by itself, for plain vLLM engines",
@@ -242,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except Failure as error:
         print(f"interlock: {error}", file=sys.stderr)
-        return 1
+        return error.status
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -266,11 +247,13 @@ def _run(given: list[str]) -> int:
         raise Usage("arguments after -- are for `interlock serve` only")
     if parsed.command == "ctl":
         if parsed.verb is None:
-            raise Usage("ctl needs one of: status, pause, unpause, update, suspend, resume, drain, stop")
+            from interlock.cli.ctl_words import VERBS
+
+            raise Usage(f"ctl needs one of: {', '.join(VERBS)}")
         from interlock.cli.ctl import ctl
 
         return ctl(parsed)
-    raise Usage("say what to do: serve, ctl, demo, store, explore or simulate; see interlock --help")
+    raise Usage("say what to do: serve, ctl, attach, demo, store, explore or simulate; see interlock --help")
 
 
 def _split(given: list[str]) -> tuple[list[str], list[str]]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import msgspec
+import uvloop
 
 from interlock.core.errors import InterlockError
 from interlock.core.limits import CHILD_GRACE_SECONDS
@@ -67,13 +68,19 @@ def _run(kind: str, name: str, run_dir: Path) -> int:
     data = host.files.read(run_dir / f"{name}.json", CONFIG_BYTES_MAX)
     if data is None:
         raise ValueError(f"{run_dir} has no configuration for {name}")
-    return asyncio.run(KINDS[kind](host, data))
+    # The store's loop mostly waits for its disk and its threads; the others pass every token on.
+    run = asyncio.run if kind == "store" else uvloop.run
+    return run(KINDS[kind](host, data))
 
 
 async def _coordinator(host: RealHost, data: bytes) -> int:
     from interlock.fleet.coordinator_main import CoordinatorConfig, run_coordinator
+    from interlock.telemetry.kept import open_event_log
 
-    return await _until_told(run_coordinator(host, decode_config(data, CoordinatorConfig)))
+    config = decode_config(data, CoordinatorConfig)
+    host.files.make_private_dir(config.state_dir)
+    events = open_event_log(host.files, host.clock, config.state_dir)
+    return await _until_told(run_coordinator(host, config, events=events))
 
 
 async def _store(host: RealHost, data: bytes) -> int:

@@ -11,11 +11,12 @@ import secrets
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from interlock import __version__
+from interlock.cli import store_peers
 from interlock.cli.errors import Failure, Usage
 from interlock.cli.processes import encode_config
 from interlock.core.limits import MEMBERS_MAX
@@ -25,10 +26,16 @@ from interlock.fleet.launchers.rundir import RunDir, RunDirBusy
 from interlock.fleet.supervisor import FleetPlan, Supervisor
 from interlock.host.ports import bind_port
 from interlock.host.real import RealHost
+from interlock.host.sealed import seal, unseal
+from interlock.host.sweep import FileLock
+
+if TYPE_CHECKING:
+    from interlock.store.peer_links import PeersConfig
 
 GIB = 1 << 30
 RUN_DIR_BYTES_MAX = 107 - len("/v1023/") - 36
 """vLLM names its sockets by 36 characters in a folder of ours; the kernel takes 107 bytes."""
+OWNER_BYTES_MAX = 64 * 1024
 ENGINES_DEFAULT = 2
 SNAPSHOTS_GIB_DEFAULT = 2.0
 SNAPSHOT_BLOCKS = 4
@@ -47,11 +54,17 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     kinds: list[str]
     """Of each engine, in order: "vllm" or "transformers"."""
     tensor_parallel: int
+    data_parallel: int = 1
     host: str
     port: int
     store_bytes: int
     disk: Path | None = None
     disk_bytes: int = 0
+    store_name: str = "store"
+    peers: PeersConfig | None = None
+    """Nodes of other fleets, whose blocks are read; None: the store is alone."""
+    state: Path | None = None
+    """Where the fleet's state outlives it; None: in the run directory, and gone with it."""
     snapshot_bytes: int = 0
     """Of each Transformers engine; 0: no boundary snapshots."""
     api_key: str | None
@@ -79,7 +92,12 @@ def say(line: str) -> None:
 
 def check(parsed: argparse.Namespace, vllm_arguments: list[str]) -> Asked:
     """Everything that can be known before a process starts. Builds the demo model when no other is named."""
-    from interlock.engines.checkpoint import BadCheckpoint, check_tensor_parallel, read_checkpoint
+    from interlock.engines.checkpoint import (
+        BadCheckpoint,
+        check_data_parallel,
+        check_tensor_parallel,
+        read_checkpoint,
+    )
     from interlock.engines.vllm_args import RefusedArgument, check_vllm_args
 
     api_key = parsed.api_key or os.environ.get("INTERLOCK_API_KEY") or None
@@ -91,7 +109,9 @@ def check(parsed: argparse.Namespace, vllm_arguments: list[str]) -> Asked:
     kinds = chosen_kinds(parsed.engine, parsed.engines)
     if vllm_arguments and "vllm" not in kinds:
         raise Usage("arguments after -- are for vLLM, and no vLLM engine is asked for")
+    _check_ranks(kinds, parsed.tp, parsed.data_parallel)
     snapshot_bytes = chosen_snapshot_bytes(parsed.snapshots_gib, kinds, parsed.tp)
+    peers = store_peers.config_of_fleet(parsed)
     try:
         check_vllm_args(vllm_arguments)
         if parsed.model is not None:
@@ -100,6 +120,7 @@ def check(parsed: argparse.Namespace, vllm_arguments: list[str]) -> Asked:
         model = parsed.model if parsed.model is not None else str(_demo_model())
         checkpoint = read_checkpoint(model)
         check_tensor_parallel(checkpoint, parsed.tp)
+        check_data_parallel(checkpoint, parsed.data_parallel)
     except (BadCheckpoint, RefusedArgument) as error:
         raise Usage(str(error)) from error
     default_name = checkpoint.path.name if parsed.model is not None else "demo"
@@ -109,11 +130,15 @@ def check(parsed: argparse.Namespace, vllm_arguments: list[str]) -> Asked:
         served_name=parsed.served_model_name or default_name,
         kinds=kinds,
         tensor_parallel=parsed.tp,
+        data_parallel=parsed.data_parallel,
         host=parsed.host,
         port=parsed.port,
         store_bytes=int(parsed.store_gib * GIB),
         disk=parsed.disk,
         disk_bytes=int(parsed.disk_gib * GIB) if parsed.disk is not None else 0,
+        store_name=parsed.store_name,
+        peers=peers,
+        state=parsed.state_dir.expanduser().resolve() if parsed.state_dir is not None else None,
         snapshot_bytes=snapshot_bytes,
         api_key=api_key,
         vllm_arguments=vllm_arguments,
@@ -146,6 +171,16 @@ def chosen_kinds(asked: list[list[tuple[str, int | None]]] | None, engines: int 
     if len(kinds) > MEMBERS_MAX:
         raise Usage(f"{len(kinds)} engines are more than the {MEMBERS_MAX} that a fleet can have")
     return kinds
+
+
+def _check_ranks(kinds: list[str], tensor_parallel: int, data_parallel: int) -> None:
+    """Raises `Usage`."""
+    if data_parallel > 1 and "vllm" in kinds:
+        raise Usage(f"--data-parallel {data_parallel} is for Transformers engines: add --engine transformers")
+    if data_parallel > 1 and tensor_parallel > 1:
+        raise Usage(
+            f"--data-parallel {data_parallel} and --tp {tensor_parallel} do not go together; choose one"
+        )
 
 
 def chosen_snapshot_bytes(asked_gib: float | None, kinds: list[str], tensor_parallel: int) -> int:
@@ -200,11 +235,15 @@ async def _serve(asked: Asked) -> int:
         run_dir = await RunDir.claim(host, asked.port, mark)
     except (RunDirBusy, OSError) as error:
         raise Failure(str(error)) from error
+    states: FileLock | None = None
     try:
         _check_length(run_dir.path)
-        plan = make_plan(asked, run_dir.path, _model_identity(host, asked.model))
+        model_id = _model_identity(host, asked.model)
+        states = _claim_states(host, asked.state, StateOwner(model_id, asked.kinds))
+        plan = make_plan(asked, run_dir.path, model_id)
         engines = _engines_in_words(asked.kinds)
-        ranks = f" of {asked.tensor_parallel} ranks" if asked.tensor_parallel > 1 else ""
+        size = asked.tensor_parallel * asked.data_parallel
+        ranks = f" of {size} ranks{' in lockstep' if asked.data_parallel > 1 else ''}" if size > 1 else ""
         say(
             f"  {engines}{ranks}, {asked.architecture} from {asked.model}, "
             f"{asked.store_bytes / GIB:.2f} GiB of shared KV cache; logs in {run_dir.path}"
@@ -225,6 +264,51 @@ async def _serve(asked: Asked) -> int:
             launcher.close()
     finally:
         run_dir.remove()
+        if states is not None:
+            states.release()
+
+
+class StateOwner(msgspec.Struct, frozen=True):
+    """Whose state a directory holds: requests go on only with the same weights, in engines of the same names."""
+
+    model: str
+    engines: list[str]
+
+
+def _claim_states(host: RealHost, folder: Path | None, owner: StateOwner) -> FileLock | None:
+    """One fleet at a time begins where the last one in that directory ended. Raises `Failure`."""
+    if folder is None:
+        return None
+    try:
+        host.files.make_private_dir(folder)
+        lock = FileLock.take(folder / "lock")
+    except OSError as error:
+        raise Failure(f"--state-dir {folder} cannot be used: {error}") from error
+    if lock is None:
+        raise Failure(f"--state-dir {folder} is in use by another fleet; end that one, or name another")
+    try:
+        _check_owner(host, folder / "fleet.json", owner)
+    except BaseException:
+        lock.release()
+        raise
+    return lock
+
+
+def _check_owner(host: RealHost, path: Path, owner: StateOwner) -> None:
+    try:
+        data = host.files.read(path, OWNER_BYTES_MAX)
+        if data is None:
+            host.files.write_durably(path, seal(msgspec.json.encode(owner)))
+            return
+        found = msgspec.json.decode(unseal(data), type=StateOwner)
+    except (OSError, ValueError) as error:
+        raise Failure(f"{path} cannot be used: {error}; name another --state-dir") from error
+    if found != owner:
+        what = "another model" if found.model != owner.model else f"engines {', '.join(found.engines)}"
+        raise Failure(
+            f"--state-dir {path.parent} is the state of a fleet of {what}, whose requests cannot go on in this one; "
+            "start it as it was, or name another --state-dir"
+        )
 
 
 def _engines_in_words(kinds: list[str]) -> str:
@@ -258,21 +342,24 @@ def threads_per_rank(asked: Asked) -> int:
     """One core is left to coordinator, store, fronts and runners. OpenMP threads that have to wait for a core spin, and
     a rank with one thread too many is ten times slower than one with one too few (measured)."""
     cores = len(os.sched_getaffinity(0))
-    return max(1, (cores - 1) // (asked.engines * asked.tensor_parallel))
+    return max(1, (cores - 1) // (asked.engines * asked.tensor_parallel * asked.data_parallel))
 
 
 def make_plan(asked: Asked, run: Path, model_id: str) -> FleetPlan:
     coordinator = f"unix:{run / 'coordinator.sock'}"
     store = f"unix:{run / 'store.sock'}"
-    states = run / "state"
-    states.mkdir(mode=0o700)
+    states = asked.state or run / "state"
+    if asked.state is None:
+        states.mkdir(mode=0o700)
     token = run / "admin-token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(16))
     return FleetPlan(
         coordinator=_coordinator_part(asked, coordinator, states),
         store=_store_part(asked, store, states),
-        engines=[_engine_part(asked, i, run, coordinator, store, model_id) for i in range(asked.engines)],
+        engines=[
+            _engine_part(asked, i, run, states, coordinator, store, model_id) for i in range(asked.engines)
+        ],
         front=_front_part(asked, coordinator, states, token),
         coordinator_address=coordinator,
         store_address=store,
@@ -280,6 +367,7 @@ def make_plan(asked: Asked, run: Path, model_id: str) -> FleetPlan:
         http_port=asked.port,
         example=_example(asked),
         states=states,
+        outlives=asked.state is not None,
     )
 
 
@@ -298,6 +386,7 @@ def _coordinator_part(asked: Asked, address: str, states: Path) -> Part:
         state_dir=states / "coordinator",
         version=VERSION,
         expected=[f"engine-{i}" for i in range(asked.engines)],
+        launches=True,
     )
     return Part(name="coordinator", kind="coordinator", config=encode_config(config))
 
@@ -311,6 +400,8 @@ def _store_part(asked: Asked, address: str, states: Path) -> Part:
         slab_bytes=asked.store_bytes,
         disk=asked.disk,
         disk_bytes=asked.disk_bytes,
+        name=asked.store_name,
+        peers=asked.peers,
         end_frozen_writers=True,
     )
     return Part(name="store", kind="store", config=encode_config(config))
@@ -339,7 +430,9 @@ def snapshot_folder(port: int, engine: str) -> Path:
     return cache_folder().parent / "snapshots" / str(port) / engine
 
 
-def _engine_part(asked: Asked, index: int, run: Path, coordinator: str, store: str, model_id: str) -> Part:
+def _engine_part(
+    asked: Asked, index: int, run: Path, states: Path, coordinator: str, store: str, model_id: str
+) -> Part:
     from interlock.engines.main import EngineProcessConfig
     from interlock.engines.runner import RunnerConfig
     from interlock.engines.transformers.setup import TransformersConfig
@@ -351,7 +444,7 @@ def _engine_part(asked: Asked, index: int, run: Path, coordinator: str, store: s
         "model_id": model_id,
         "name": name,
         "store": store,
-        "state_dir": str(run / "state" / f"{name}-kv"),
+        "state_dir": str(states / f"{name}-kv"),
         "scratch_dir": str(run / f"v{index}"),  # vLLM's socket paths have 107 bytes at most
         "tensor_parallel": asked.tensor_parallel,
         "threads": threads_per_rank(asked),
@@ -370,12 +463,14 @@ def _engine_part(asked: Asked, index: int, run: Path, coordinator: str, store: s
             name=name,
             address=f"unix:{run / f'{name}.sock'}",
             coordinator=coordinator,
-            state_dir=run / "state" / name,
+            state_dir=states / name,
             version=VERSION,
             weights=str(asked.model),
         ),
         vllm=VllmConfig(**common, arguments=asked.vllm_arguments) if vllm else None,
-        transformers=None if vllm else TransformersConfig(**common, **snapshots),
+        transformers=None
+        if vllm
+        else TransformersConfig(**common, **snapshots, data_parallel=asked.data_parallel),
         failure=run / f"{name}.failure",
         shared_memory=run / f"{name}.shm",
     )

@@ -15,7 +15,8 @@ so far are facts. `check_engine` (`interlock.testing`) checks an adapter against
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +25,7 @@ import msgspec
 from interlock.core.targets import KeptCache, Mode
 from interlock.wire.engine_messages import Sampling, TokenLogprobs
 from interlock.wire.fleet_messages import Load
+from interlock.wire.token_ids import pack_ids, unpack_ids
 
 
 class EngineStartError(Exception):
@@ -50,18 +52,41 @@ class UpdateFailed(Exception):  # noqa: N818 - says what is, as the others do
     """The engine has no weights that are known to be whole: it stays paused until an update succeeds, or is stopped."""
 
 
-class Work(msgspec.Struct, frozen=True, kw_only=True):
-    """One request as the engine gets it. `key` is unique among all that this engine is ever given."""
+class Work(msgspec.Struct, frozen=True, kw_only=True, dict=True):
+    """One request as the engine gets it, made by `of` or from what arrived. `key` is unique among all that this engine is ever
+    given."""
 
     key: str
-    prompt: list[int]
+    packed_prompt: bytes
+    """As by `wire.token_ids`: most of what travels is never looked at by who passes it on."""
     sampling: Sampling
     cache_salt: str
     priority: int = 0
     """Lower is earlier, as vLLM counts."""
 
+    @classmethod
+    def of(
+        cls, key: str, prompt: Sequence[int], sampling: Sampling, cache_salt: str, priority: int = 0
+    ) -> Work:
+        """For who has the prompt as token ids."""
+        return cls(
+            key=key,
+            packed_prompt=pack_ids(prompt),
+            sampling=sampling,
+            cache_salt=cache_salt,
+            priority=priority,
+        )
 
-class Progress(msgspec.Struct, frozen=True):
+    @cached_property
+    def prompt(self) -> list[int]:
+        """Its token ids, unpacked once. Raises `RequestRejected` when they are none."""
+        try:
+            return unpack_ids(self.packed_prompt)
+        except ValueError as error:
+            raise RequestRejected(f"the prompt cannot be read: {error}") from error
+
+
+class Progress(msgspec.Struct, frozen=True, gc=False):
     """What one step made of one request. `finish` is "" or ends it: "stop", "length", "abort", "error".
 
     `logprobs` has one entry a token when the request asked for them, else none. `cached_tokens` counts the prompt's
@@ -153,6 +178,13 @@ class Engine(Protocol):
         """Ends the request; its iterator yields `finish` "abort" soon, in whatever phase it is, also while paused or
         suspended. Unknown keys are ordinary."""
         ...
+
+    async def states(self) -> list[RequestState]:
+        """Paused or suspended, a copy of every request's state without its caches: `put` makes them anew from the tokens.
+
+        Raises `NotStanding`, `Unable`.
+        """
+        raise Unable(f"{type(self).__name__} cannot tell its requests' states")
 
     async def take(self, key: str) -> RequestState:  # noqa: ARG002
         """Takes a request out, with all its state. Its iterator yields what it did not yield yet, then `finish` "abort"

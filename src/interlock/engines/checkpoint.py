@@ -13,6 +13,8 @@ from typing import Any
 import msgspec
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
+EXPERTS = ("num_local_experts", "n_routed_experts", "num_experts")
+"""What families call the number of experts in a layer."""
 
 
 class BadCheckpoint(Exception):  # noqa: N818 - says what is, as the others do
@@ -26,6 +28,7 @@ class Checkpoint(msgspec.Struct, frozen=True):
     architecture: str
     heads: int | None
     kv_heads: int | None
+    experts: int | None = None
 
 
 def read_checkpoint(named: str) -> Checkpoint:
@@ -50,7 +53,10 @@ def read_checkpoint(named: str) -> Checkpoint:
     text = config.get("text_config")
     inner: Mapping[str, Any] = text if isinstance(text, dict) else config
     heads = _count(inner, "num_attention_heads")
-    return Checkpoint(path, _architecture(config), heads, _count(inner, "num_key_value_heads") or heads)
+    experts = next(filter(None, (_count(inner, name) for name in EXPERTS)), None)
+    return Checkpoint(
+        path, _architecture(config), heads, _count(inner, "num_key_value_heads") or heads, experts
+    )
 
 
 def check_tensor_parallel(checkpoint: Checkpoint, ranks: int) -> None:
@@ -65,6 +71,23 @@ def check_tensor_parallel(checkpoint: Checkpoint, ranks: int) -> None:
         raise BadCheckpoint(
             f"--tp {ranks} can neither split nor replicate the model's {kv_heads} KV heads evenly; choose a divisor "
             "or a multiple of it"
+        )
+
+
+def check_data_parallel(checkpoint: Checkpoint, ranks: int) -> None:
+    """Raises `BadCheckpoint` when the experts of this model cannot be dealt out to `ranks` in lockstep."""
+    if ranks == 1:
+        return
+    experts = checkpoint.experts
+    if experts is None or experts < 2:
+        raise BadCheckpoint(
+            f"{checkpoint.architecture} has no experts, so data-parallel ranks would share nothing; leave --data-parallel "
+            "out and start more engines"
+        )
+    if experts % ranks:
+        fitting = [str(n) for n in range(1, experts + 1) if experts % n == 0]
+        raise BadCheckpoint(
+            f"--data-parallel {ranks} does not divide the model's {experts} experts; choose one of {', '.join(fitting)}"
         )
 
 

@@ -9,6 +9,9 @@ A request is named by (front, request) and its attempts only grow: a dispatch of
 it, is a repetition and changes nothing; a later one replaces what runs.
 
 Tokens leave in frames: all that one engine step made, of all of a front's requests, in one.
+
+Requests of an earlier life of this engine (`keeping`) wait here until it steps (`go_on`), and are their front's as before. A
+front that has died itself asks (`Recover`) what is here of its earlier lives, before it says what it wants of it.
 """
 
 from __future__ import annotations
@@ -16,32 +19,47 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Coroutine
-
-import msgspec
 
 from interlock.core.errors import ChannelClosed, RemoteProtocolError
 from interlock.core.identity import Epoch
 from interlock.core.lifecycle import Admission
 from interlock.core.limits import (
     FRONT_GRACE_SECONDS,
+    HELD_BYTES_PER_CALL,
     REQUESTS_IN_FLIGHT_MAX,
-    TOKENS_PER_FRAME_MAX,
-    TOMBSTONES_MAX,
 )
-from interlock.engines.base import Engine, EngineGone, Progress, RequestRejected, Work
+from interlock.engines.base import (
+    Engine,
+    EngineGone,
+    Progress,
+    RequestRejected,
+    RequestState,
+    Unable,
+)
+from interlock.engines.continuing import steps_of
+from interlock.engines.keeping import KeepFailed, KeptStream
+from interlock.engines.streams import (
+    DETAIL_CHARS_MAX,
+    Front,
+    Stream,
+    collect,
+    kept_stream,
+    waiting_stream,
+)
 from interlock.host.base import Clock
 from interlock.wire.channel import Channel
 from interlock.wire.engine_messages import (
     Abort,
     Acknowledge,
+    AcknowledgeAll,
     Cursor,
-    Delta,
     Dispatch,
+    Held,
+    HeldAll,
+    Recover,
     Refused,
     Resume,
-    TokenLogprobs,
     Tokens,
 )
 
@@ -55,54 +73,9 @@ REFUSALS = {
     Admission.MEMBER_BEHIND: ("not_running", "that epoch was not heard here yet, {epoch} is the highest"),
     Admission.NOT_RUNNING: ("not_running", "this engine is {state} at epoch {epoch}"),
 }
-DETAIL_CHARS_MAX = 512
-"""Of an engine's own words: some exceptions quote their whole input, and a frame must stay one that is taken."""
-
-
-class Stream(msgspec.Struct):
-    """One attempt at one request. `sent` counts its tokens that went out on the front's current connection."""
-
-    dispatch: Dispatch
-    key: str
-    tokens: list[int] = []
-    logprobs: list[TokenLogprobs] = []
-    cached_tokens: int = 0
-    finish: str = ""
-    detail: str = ""
-    versions: list[tuple[int, str]] = []
-    """Weights versions that made the tokens: each from which token on."""
-    sent: int = 0
-    end_sent: bool = False
-    task: asyncio.Task[None] | None = None
-
-    @property
-    def waits(self) -> bool:
-        """Whether something is here that did not go out."""
-        return self.sent < len(self.tokens) or (bool(self.finish) and not self.end_sent)
-
-
-class Front:
-    """All that one front, in its current life, has here."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.incarnation = 0
-        self.streams: dict[str, Stream] = {}
-        self.forgotten: OrderedDict[str, int] = OrderedDict()
-        """Highest attempt of requests that are no more, so that a late dispatch does not begin one again."""
-        self.channel: Channel | None = None
-        self.resumed = False
-        self.dirty = asyncio.Event()
-        self.expiry: asyncio.Task[None] | None = None
-
-    def bury(self, request: str, attempt: int) -> None:
-        self.forgotten[request] = max(attempt, self.forgotten.pop(request, 0))
-        if len(self.forgotten) > TOMBSTONES_MAX:
-            self.forgotten.popitem(last=False)
-
-    def newest_attempt(self, request: str) -> int:
-        stream = self.streams.get(request)
-        return stream.dispatch.attempt if stream else self.forgotten.get(request, 0)
+KEEP_SECONDS_MAX = 5.0
+"""What a paused engine's last tokens take to reach the desk."""
+KEEP_POLL_SECONDS = 0.005
 
 
 class Desk:
@@ -115,9 +88,15 @@ class Desk:
         judge: Judge,
         on_gone: Callable[[str], None],
         version: Callable[[], str | None] = lambda: None,
+        *,
+        computes: Callable[[], bool] = lambda: True,
+        moves_requests: bool = False,
+        max_model_tokens: int | None = None,
     ) -> None:
         self._clock, self._engine, self._judge, self._on_gone = clock, engine, judge, on_gone
         self._version = version  # of the weights, while tokens are made
+        self._computes = computes  # whether the engine steps: a front's grace runs only then
+        self._moves_requests, self._max_model_tokens = moves_requests, max_model_tokens
         self._fronts: dict[str, Front] = {}
         self._works = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -160,14 +139,81 @@ class Desk:
                 assert request == stream.dispatch.request
                 assert stream.sent <= len(stream.tokens)
                 assert not stream.logprobs or len(stream.logprobs) == len(stream.tokens)
-                assert stream.finish or (stream.task is not None and not stream.task.done()), request
+                running = stream.task is not None and not stream.task.done()
+                assert stream.finish or running or not stream.begun, request
+
+    # --- from one life of the engine to the next -----------------------------------------------------------------
+
+    async def kept(self) -> list[KeptStream]:
+        """All that is here, for the disk; the engine stands. Raises `KeepFailed`, `EngineGone`."""
+        states = {state.work.key: state for state in await self._states()}
+        await self._hear_out(states)
+        return [
+            kept_stream(front, stream, states.get(stream.key, stream.state))
+            for front in self._fronts.values()
+            for stream in front.streams.values()
+        ]
+
+    async def _states(self) -> list[RequestState]:
+        if not self._moves_requests:
+            return []
+        try:
+            return await self._engine.states()
+        except Unable:
+            return []
+
+    async def _hear_out(self, states: dict[str, RequestState]) -> None:
+        """What the engine made last may still be on its way from its thread to here."""
+        streams = {s.key: s for front in self._fronts.values() for s in front.streams.values()}
+        deadline_s = self._clock.monotonic_s() + KEEP_SECONDS_MAX
+        for key, state in states.items():
+            stream = streams.get(key)
+            while stream is not None and not stream.finish and stream.tokens != state.tokens:
+                if self._clock.monotonic_s() > deadline_s:
+                    heard, made = len(stream.tokens), len(state.tokens)
+                    raise KeepFailed(
+                        f"request {stream.dispatch.request} has {made} tokens in the engine and {heard} here, though it stands"
+                    )
+                await self._clock.sleep_s(KEEP_POLL_SECONDS)
+
+    def restore(self, kept: list[KeptStream]) -> None:
+        """At the start, before anybody is served: requests of the last life, which wait for `go_on`."""
+        for one in kept[:REQUESTS_IN_FLIGHT_MAX]:
+            front = self._fronts.setdefault(one.front, Front(one.front))
+            front.incarnation = max(front.incarnation, one.front_life)
+            self._works += 1
+            key = f"{self._works}-{one.dispatch.request}"
+            front.streams[one.dispatch.request] = waiting_stream(one, key)
+        for front in self._fronts.values():
+            front.expiry = self._spawn(self._expire(front))
+
+    def go_on(self) -> None:
+        """The engine is about to step: what waited from its last life is given to it."""
+        for front, stream in self._waiting():
+            stream.begun = True
+            stream.task = self._spawn(self._run(front, stream))
+
+    def abort_waiting(self) -> None:
+        """A pause that aborts: of what waits for `go_on`, nothing is the engine's to abort."""
+        for front, stream in self._waiting():
+            self._end(front, stream, "abort", "")
+
+    def _waiting(self) -> list[tuple[Front, Stream]]:
+        return [
+            (front, stream)
+            for front in self._fronts.values()
+            for stream in front.streams.values()
+            if not stream.begun and not stream.finish
+        ]
 
     # --- what fronts say -----------------------------------------------------------------------------------------
 
     async def _hear(self, front: Front, channel: Channel, body: object) -> None:
-        if not front.resumed and not isinstance(body, Resume):
+        if not front.resumed and not isinstance(body, Resume | Recover):
             raise RemoteProtocolError(f"{channel.peer} began with {type(body).__name__}, not with Resume")
         match body:
+            case Recover(after):
+                await self._tell_held(front, channel, after)
             case Resume(streams):
                 await self._resume(front, channel, streams)
             case Dispatch() as dispatch:
@@ -175,11 +221,31 @@ class Desk:
             case Abort(request, attempt):
                 stream = front.streams.get(request)
                 if stream is not None and stream.dispatch.attempt <= attempt:
-                    self._spawn(self._abort(stream))
+                    self._spawn(self._abort(front, stream))
             case Acknowledge(request, attempt):
-                stream = front.streams.get(request)
-                if stream is not None and stream.dispatch.attempt <= attempt and stream.finish:
-                    self._forget(front, stream)
+                self._acknowledged(front, request, attempt)
+            case AcknowledgeAll(ends):
+                for end in ends:
+                    self._acknowledged(front, end.request, end.attempt)
+
+    def _acknowledged(self, front: Front, request: str, attempt: int) -> None:
+        stream = front.streams.get(request)
+        if stream is not None and stream.dispatch.attempt <= attempt and stream.finish:
+            self._forget(front, stream)
+
+    async def _tell_held(self, front: Front, channel: Channel, after: int) -> None:
+        """Some at a time: all prompts together are more than a channel may have waiting."""
+        streams = list(front.streams.values())
+        told = 0
+        for stream in streams[after:]:
+            asked = stream.dispatch
+            if told > HELD_BYTES_PER_CALL:
+                break
+            after, told = after + 1, told + len(asked.prompt) + len(asked.note)
+            await channel.send(
+                Held(asked.request, asked.attempt, asked.prompt, len(stream.tokens), asked.note)
+            )
+        await channel.send(HeldAll(after, more=after < len(streams)))
 
     async def _resume(self, front: Front, channel: Channel, cursors: list[Cursor]) -> None:
         wanted = {cursor.request: cursor for cursor in cursors}
@@ -226,16 +292,8 @@ class Desk:
     # --- what the engine makes -----------------------------------------------------------------------------------
 
     async def _run(self, front: Front, stream: Stream) -> None:
-        asked = stream.dispatch
-        work = Work(
-            key=stream.key,
-            prompt=asked.prompt,
-            sampling=asked.sampling,
-            cache_salt=asked.cache_salt,
-            priority=asked.priority,
-        )
         try:
-            async with contextlib.aclosing(self._engine.generate(work)) as steps:
+            async with contextlib.aclosing(steps_of(self._engine, stream, self._max_model_tokens)) as steps:
                 async for progress in steps:
                     self._add(front, stream, progress)
                     if progress.finish:
@@ -272,7 +330,10 @@ class Desk:
             with contextlib.suppress(ChannelClosed):
                 await self._refuse(front.channel, stream.dispatch, "invalid", why)
 
-    async def _abort(self, stream: Stream) -> None:
+    async def _abort(self, front: Front, stream: Stream) -> None:
+        if not stream.begun and not stream.finish:
+            self._end(front, stream, "abort", "")
+            return
         try:
             await self._engine.abort(stream.key)
         except EngineGone as error:
@@ -295,7 +356,7 @@ class Desk:
                 await front.dirty.wait()
                 front.dirty.clear()
                 # What is collected counts as sent: a connection that was replaced must not take it along.
-                while front.channel is channel and front.resumed and (deltas := _collect(front)):
+                while front.channel is channel and front.resumed and (deltas := collect(front)):
                     await channel.send(Tokens(deltas))
         except ChannelClosed:
             return  # what is here goes out on the next connection
@@ -304,8 +365,11 @@ class Desk:
             await channel.close()
 
     async def _expire(self, front: Front) -> None:
-        """The front is away. If it stays away for the grace, nobody waits for what it asked."""
+        """The front is away. If it stays away for the grace, nobody waits for what it asked. The grace is time in which the engine
+        computes: a fleet that stands still is waited for, however long."""
         await self._clock.sleep_s(FRONT_GRACE_SECONDS)
+        while not self._computes():
+            await self._clock.sleep_s(FRONT_GRACE_SECONDS)
         if front.streams:
             _log.info("front %s is gone: its %d requests are aborted", front.name, len(front.streams))
         for stream in list(front.streams.values()):
@@ -318,43 +382,3 @@ class Desk:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-
-def _version_at(stream: Stream, start: int) -> tuple[str, int]:
-    """Which weights made the token at `start`, and the first token after it that others made."""
-    until, version = len(stream.tokens), ""
-    for begin, name in reversed(stream.versions):
-        if begin <= start:
-            version = name
-            break
-        until = begin
-    return version, until
-
-
-def _collect(front: Front) -> list[Delta]:
-    """What did not go out yet, up to one frame's worth, marked as sent; the rest is the next frame's."""
-    deltas, room = [], TOKENS_PER_FRAME_MAX
-    for stream in front.streams.values():
-        if not stream.waits or room <= 0:
-            continue
-        start = stream.sent
-        version, until = _version_at(stream, start)
-        stop = min(until, start + room)
-        last = stop == len(stream.tokens)
-        finish = stream.finish if last else ""
-        deltas.append(
-            Delta(
-                stream.dispatch.request,
-                stream.dispatch.attempt,
-                start,
-                stream.tokens[start:stop],
-                stream.logprobs[start:stop],
-                finish,
-                stream.cached_tokens,
-                stream.detail[:DETAIL_CHARS_MAX] if finish else "",
-                version,
-            )
-        )
-        room -= stop - start
-        stream.sent, stream.end_sent = stop, bool(finish)
-    return deltas

@@ -18,6 +18,7 @@ from interlock.engines.transformers.setup import TransformersConfig
 from interlock.engines.vllm_setup import VllmConfig
 from interlock.host.base import Host
 from interlock.host.processes import become_subreaper, parent_gone
+from interlock.host.resident import resident_bytes
 from interlock.host.sweep import end_marked, own_mark, remove_shared_memory, shared_memory_of
 
 _log = logging.getLogger(__name__)
@@ -51,6 +52,10 @@ def make_engine(host: Host, config: VllmConfig | TransformersConfig) -> Engine:
         from interlock.engines.vllm import VllmEngine
 
         return VllmEngine(host, config)
+    if config.data_parallel > 1:
+        from interlock.engines.lockstep.engine import LockstepEngine
+
+        return LockstepEngine(host, config)
     from interlock.engines.transformers.engine import TransformersEngine
 
     return TransformersEngine(host, config)
@@ -62,7 +67,12 @@ async def run_engine(host: Host, config: EngineProcessConfig) -> int:
     scratch = Path(config.engine.scratch_dir)
     host.files.make_private_dir(scratch)
     _empty(host, scratch)
-    runner = Runner(host, make_engine(host, config.engine), config.runner)
+    runner = Runner(
+        host,
+        make_engine(host, config.engine),
+        config.runner,
+        measure=lambda: resident_bytes(os.getpid()),
+    )
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, runner.stop, f"got {signal.Signals(number).name}")

@@ -12,6 +12,7 @@ import logging
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 from interlock.core import lifecycle, targets
 from interlock.core.errors import InterlockError, ProtocolError, StaleError
@@ -36,12 +37,33 @@ from interlock.core.limits import (
 )
 from interlock.core.targets import Mode, State, Step
 from interlock.engines.base import Engine, EngineGone, EngineStartError, Unable, UpdateFailed
+from interlock.engines.keeping import KeepFailed
 from interlock.host.base import Host
 from interlock.wire import fleet_messages as wire
 from interlock.wire.channel import Channel, connect_channel
 from interlock.wire.identity import Identity
 
 _log = logging.getLogger(__name__)
+
+
+class Keeper(Protocol):
+    """Who keeps the engine's requests when its memory is given up."""
+
+    async def keep(self) -> None:
+        """They are on disk. Raises `KeepFailed`."""
+        ...
+
+    async def go_on(self) -> None:
+        """Before the engine steps: what is on disk is true no more, and is taken back. Raises `KeepFailed`."""
+        ...
+
+    def abort(self) -> None:
+        """A pause that aborts has begun."""
+        ...
+
+    async def end(self) -> None:
+        """The engine stops, and its requests with it: no later life shall find them. Raises `KeepFailed`."""
+        ...
 
 
 class Member:
@@ -57,13 +79,18 @@ class Member:
         facts: wire.EngineFacts,
         weights: str = "",
         leave: Callable[[str, bool], None],
+        measure: Callable[[], int] | None = None,
     ) -> None:
         self._host, self._me, self._engine = host, me, engine
         self._coordinator, self._facts, self._leave = coordinator, facts, leave
         self._weights = weights  # what the engine was started with
+        self._measure = measure  # bytes resident in all processes of the engine; blocks
+        self.keeper: Keeper | None = None
+        self.memory: wire.Memory | None = None
         self.state = MemberState()
         self._changed = asyncio.Event()
         self._step: asyncio.Task[None] | None = None
+        self._closing = False
         self._link: asyncio.Task[None] | None = None
         self._channel: Channel | None = None
 
@@ -75,6 +102,7 @@ class Member:
 
     async def close(self) -> None:
         """Says what we are for the last time, if anybody listens, and stops listening."""
+        self._closing = True
         if self._channel is not None:
             with contextlib.suppress(ConnectionError):
                 await self._channel.send(self.report())
@@ -115,7 +143,12 @@ class Member:
 
     def _on_end(self, task: asyncio.Task[None]) -> None:
         """A defect of ours: better a new life of this engine than one that nobody hears or that stands half way."""
-        if not task.cancelled() and (error := task.exception()) is not None:
+        if task.cancelled():
+            if (
+                task is self._step and not self._closing
+            ):  # by whoever is below us: nobody else would end this step
+                self._leave(f"{task.get_name()} was cancelled in the engine", False)
+        elif (error := task.exception()) is not None:
             _log.error("%s failed", task.get_name(), exc_info=error)
             self._leave(f"{task.get_name()} failed: {type(error).__name__}: {error}", False)
 
@@ -128,6 +161,8 @@ class Member:
             self._leave(str(error), False)
         except UpdateFailed as error:
             self._apply(StepFailed(begin.attempt, str(error)))
+        except KeepFailed as error:
+            self._apply(StepFailed(begin.attempt, str(error), unchanged=True))
         except EngineStartError as error:  # a resume: it is still suspended, and may be asked again
             self._apply(StepFailed(begin.attempt, str(error), unchanged=True))
         except Exception as error:
@@ -139,24 +174,48 @@ class Member:
     async def _perform(self, begin: Begin) -> str | None:
         """Takes the step; which weights the engine has then."""
         engine = self._engine
+        keeper = self.keeper
         match begin.step:
             case Step.PAUSE:
+                if keeper is not None and begin.mode is Mode.ABORT:
+                    keeper.abort()
                 await engine.pause(begin.mode)
             case Step.UNPAUSE:
+                if keeper is not None:
+                    await keeper.go_on()
                 await engine.unpause()
             case Step.UPDATE:
                 await engine.update_weights(self._checkpoint(begin), begin.version, begin.kv)
                 return begin.version
             case Step.SUSPEND:
-                await engine.suspend()
+                await self._suspend()
             case Step.RESUME:
                 await engine.resume()
+                self.memory = wire.Memory(await self._resident_bytes())
             case Step.STOP:
+                if keeper is not None:
+                    with contextlib.suppress(
+                        KeepFailed
+                    ):  # a later life finds them; their front has ended them by then
+                        await keeper.end()
                 await engine.stop()
                 return None
             case _:
                 raise NotImplementedError(f"{begin.step} is no step that a member takes")
         return self.state.version
+
+    async def _suspend(self) -> None:
+        before = await self._resident_bytes()
+        if self.keeper is not None:
+            await self.keeper.keep()
+        await self._engine.suspend()
+        after = await self._resident_bytes()
+        self.memory = wire.Memory(after, max(0, before - after))
+        if before:
+            _log.info("suspended: %d of %d MiB given back", (before - after) >> 20, before >> 20)
+
+    async def _resident_bytes(self) -> int:
+        return await self._host.in_thread(self._measure) if self._measure is not None else 0
 
     def _checkpoint(self, begin: Begin) -> Path:
         where = begin.weights or self._weights
@@ -240,6 +299,7 @@ class Member:
             load=self._engine.load(),
             heard=_told(state.heard) if state.heard is not None else None,
             failed=state.failed,
+            memory=self.memory,
         )
 
 

@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ import msgspec
 
 from interlock.core.lifecycle import MemberState
 from interlock.core.limits import CHILD_GRACE_SECONDS, ENGINE_START_SECONDS_MAX
+from interlock.core.targets import State
 from interlock.engines.base import Capabilities, Engine, EngineStartError
 from interlock.engines.desk import Desk
+from interlock.engines.keeping import RequestsFile
 from interlock.engines.member import Member
 from interlock.host.base import Host, Listener
 from interlock.wire.channel import Channel, serve_channels
@@ -55,11 +57,40 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The checkpoint it loads them from."""
 
 
+class DeskKeeper:
+    """The desk's requests in their file (`member.Keeper`)."""
+
+    def __init__(self, desk: Desk, file: RequestsFile) -> None:
+        self._desk, self._file = desk, file
+
+    async def keep(self) -> None:
+        await self._file.save(await self._desk.kept())
+
+    async def go_on(self) -> None:
+        await self._file.empty()
+        self._desk.go_on()
+
+    def abort(self) -> None:
+        self._desk.abort_waiting()
+
+    async def end(self) -> None:
+        await self._file.empty()
+
+
 class Runner:
     """`run` is the whole life; `stop` ends it from outside."""
 
-    def __init__(self, host: Host, engine: Engine, config: RunnerConfig) -> None:
+    def __init__(
+        self,
+        host: Host,
+        engine: Engine,
+        config: RunnerConfig,
+        *,
+        measure: Callable[[], int] | None = None,
+    ) -> None:
+        """`measure` says how many bytes are resident in all processes of this engine, and may block."""
         self._host, self._engine, self._config = host, engine, config
+        self._measure = measure
         self._end: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._member: Member | None = None
         self.desk: Desk | None = None
@@ -121,6 +152,7 @@ class Runner:
             facts=facts,
             weights=self._config.weights,
             leave=self._leave,
+            measure=self._measure,
         )
         self.desk = Desk(
             self._host.clock,
@@ -128,7 +160,13 @@ class Runner:
             self._member.judge,
             self._died,
             lambda: self.member_state.version,
+            computes=lambda: self.member_state.state is State.RUNNING,
+            moves_requests=capabilities.moves_requests,
+            max_model_tokens=capabilities.max_model_tokens,
         )
+        file = RequestsFile(self._host, self._config.state_dir, self._config.name)
+        self.desk.restore(await self._host.in_thread(file.load))
+        self._member.keeper = DeskKeeper(self.desk, file)
         listener = await serve_channels(
             self._host, self._config.address, me=me, accept=FromFront, on_channel=self._on_channel
         )

@@ -96,6 +96,7 @@ def engine_arguments(config: VllmConfig) -> Any:
                 "engine": config.name,
                 "model_id": config.model_id,
                 "state_dir": config.state_dir,
+                "weights_in_salt": True,
                 "owner_pid": os.getpid(),
             },
         )

@@ -36,8 +36,10 @@ from interlock.core.recovery import restarted
 from interlock.core.roster import MemberRecord, condition, needs_telling
 from interlock.core.targets import Command as Verb
 from interlock.core.targets import State
-from interlock.fleet.command_book import CommandBook, judge, progress_of
-from interlock.fleet.coordinator_state import CommandRecord, StateFile
+from interlock.fleet.command_book import CommandBook, judge, progress_of, report_of
+from interlock.fleet.coordinator_news import News
+from interlock.fleet.coordinator_state import CommandRecord, KnownMember, StateFile
+from interlock.fleet.kept_fronts import KeptFronts
 from interlock.fleet.members import Members
 from interlock.fleet.peer_book import PeerBook
 from interlock.fleet.words import commanded, hold_in_words, target_in_types, target_in_words
@@ -66,6 +68,8 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, kw_only=True):
     recovering_s: float = RECOVERING_SECONDS_MAX
     exit_is_proof: bool = False
     """True where no launcher reports `MemberGone`: then the exit of a member's own process makes it LOST."""
+    launches: bool = False
+    """A launcher follows the target and starts `expected` engines when it is not STOPPED: then START can be asked for."""
 
 
 class Listening(msgspec.Struct):
@@ -87,15 +91,20 @@ class Coordinator:
         self, host: Host, me: Identity, config: CoordinatorConfig, events: EventLog | None = None
     ) -> None:
         self._host, self._me, self._config = host, me, config
-        self._events = events or EventLog(host.clock)
+        self._news = News(host.clock, events or EventLog(host.clock))
         self._file = StateFile(host, config.state_dir)
         self._members = Members(host, exit_is_proof=config.exit_is_proof, on_change=self._on_member)
         self._book = CommandBook()
         self._listeners: dict[tuple[str, str], list[Listening]] = {}
         self._watchers: dict[Channel, None] = {}
+        self._fronts = KeptFronts()
+        self._launching: dict[str, int] = {}
+        """By name, the last life before the START that awaits a newer one: its end excuses nobody."""
         self._peers = PeerBook()
         self._changed = asyncio.Event()
         self._unsaved_members = False
+        self._kept_members: list[KnownMember] = []
+        """Which the file names: a member that only changes its state is no reason to write it."""
         self._settled = False
         """Whether the members were judged to stand at the current epoch."""
         self._listener: Listener | None = None
@@ -109,7 +118,7 @@ class Coordinator:
         self._started_s = self._host.clock.monotonic_s()
         stored, why = self._file.load()
         if stored is None:
-            self._events.emit("coordinator_without_state", reason=why)
+            self._news.emit("coordinator_without_state", reason=why)
         else:
             self._book = CommandBook(stored.commands)
             self._members.restore(stored.members)
@@ -144,7 +153,7 @@ class Coordinator:
                 refused = ""
             except OSError as error:
                 if str(error) != refused:
-                    self._events.emit("state_not_kept", reason=str(error))
+                    self._news.emit("state_not_kept", reason=str(error))
                 refused = str(error)
             await self._wait_for_change()
         raise Deposed(
@@ -158,8 +167,9 @@ class Coordinator:
             self._changed.clear()
             await self._tell_fronts()
         await self._judge()
-        if self._unsaved_members:
+        if self._unsaved_members and self._members.known() != self._kept_members:
             self._save(self.fleet)
+        self._unsaved_members = False
 
     async def close(self) -> None:
         if self._listener is not None:
@@ -175,33 +185,37 @@ class Coordinator:
 
     # --- what is decided ------------------------------------------------------------------------------------------
 
-    async def _apply(self, fleet: FleetState, effects: tuple[FleetEffect, ...]) -> None:
+    async def _apply(
+        self, fleet: FleetState, effects: tuple[FleetEffect, ...], ask: say.Command | None = None
+    ) -> None:
         """Raises `OSError` when it cannot be kept; then nothing has changed and nobody was told."""
         if any(isinstance(effect, Persist) for effect in effects):
             self._save(fleet)
         if fleet.epoch != self.fleet.epoch:
             self._settled = False
-        self.fleet = fleet
+        before, self.fleet = self.fleet, fleet
+        self._news.decided(before, fleet, ask)
         for effect in effects:
             match effect:
                 case TellMembers(target):
-                    self._events.emit("target", epoch=target.epoch, state=target.state, mode=target.mode)
+                    self._news.emit("target", epoch=target.epoch, state=target.state, mode=target.mode)
                     self._changed.set()
                     await self._tell_members()
                 case StepDown(epoch):
-                    self._events.emit("coordinator_deposed", epoch=epoch)
+                    self._news.emit("coordinator_deposed", epoch=epoch)
                     self._changed.set()
                 case Persist() | Accept():
                     pass  # kept above; answered where the command was asked
 
     def _save(self, fleet: FleetState) -> None:
-        self._file.save(fleet, self._book.records(), self._members.known())
-        self._unsaved_members = False
+        members = self._members.known()
+        self._file.save(fleet, self._book.records(), members)
+        self._kept_members, self._unsaved_members = members, False
 
     def _on_member(self, record: MemberRecord) -> None:
         self._unsaved_members = True
         self._changed.set()
-        self._events.emit("member", member=record.name, incarnation=record.incarnation, state=record.word)
+        self._news.member(record)
 
     # --- what is told ---------------------------------------------------------------------------------------------
 
@@ -231,6 +245,7 @@ class Coordinator:
             self._members.listing(fleet.epoch),
             fleet.weights,
             fleet.kv,
+            fleet.version_known,
         )
 
     async def _send(self, channel: Channel, body: msgspec.Struct, answers: int = 0) -> None:
@@ -251,13 +266,15 @@ class Coordinator:
         records = self._members.records()
         settled = False
         for record in self._book.under_way():
-            after, judged = judge(record, fleet, records, now)
+            after, judged = judge(record, fleet, records, now, self._fronts)
             if after.done:
                 self._finish(record, after)
-            settled |= bool(judged and judged.done and judged.ok)
-            await self._tell_listeners(after, progress_of(after, judged))
+            own = record.epoch == fleet.epoch or fleet.stop_for is not None
+            settled |= own and bool(judged and judged.done and judged.ok)
+            await self._tell_listeners(after, self._measured(progress_of(after, judged)))
         if not self._settled:
-            settled |= condition(records, fleet.epoch, fleet.state, unseen=fleet.awaited).ok
+            stands = condition(records, fleet.epoch, fleet.state, unseen=fleet.awaited)
+            settled |= self._fronts.judge(stands, fleet, now).ok
             if settled:
                 self._settled = self.fleet.epoch == fleet.epoch
                 await self._apply(*transition(self.fleet, Settled(fleet.epoch, ok=True)))
@@ -270,7 +287,18 @@ class Coordinator:
         except OSError:
             self._book.put(record)
             raise
-        self._events.emit("command_done", owner=record.owner, command=record.command, ok=after.ok)
+        self._news.finished(after)
+
+    def _measured(self, progress: say.CommandProgress) -> say.CommandProgress:
+        """With what each member said of its memory last."""
+        memories = self._members.memories()
+        if not memories:
+            return progress
+        members = [
+            msgspec.structs.replace(member, memory=memories.get((member.name, member.incarnation)))
+            for member in progress.members
+        ]
+        return msgspec.structs.replace(progress, members=members)
 
     async def _tell_listeners(self, record: CommandRecord, progress: say.CommandProgress) -> None:
         listeners = self._listeners.get(record.key, [])
@@ -290,10 +318,12 @@ class Coordinator:
             try:
                 record = await self._accept(ask)
             except CommandRefused as refused:
+                self._news.refused(ask, refused, self.fleet.state)
                 code = "recovering" if self.fleet.phase is Phase.RECOVERING else "refused"
                 await channel.fault(received, code, str(refused), refused.retryable)
                 return
             except ValueError as error:
+                self._news.invalid(ask, error)
                 await channel.fault(received, "invalid", str(error))
                 return
             except OSError as error:
@@ -304,7 +334,7 @@ class Coordinator:
         await self._send(channel, say.CommandAccepted(record.epoch), received.number)
         record = self._book.get(ask.owner, ask.command_id) or record  # it may have ended meanwhile
         if record.done:
-            await self._send(channel, progress_of(record), received.number)
+            await self._send(channel, self._measured(progress_of(record)), received.number)
         else:
             listeners = [item for item in self._listeners.get(record.key, []) if item.channel is not channel]
             self._listeners[record.key] = [*listeners, Listening(channel, received.number)]
@@ -313,6 +343,9 @@ class Coordinator:
     async def _accept(self, ask: say.Command) -> CommandRecord:
         """Raises `CommandRefused`, or ValueError in words; then nothing has changed."""
         event = commanded(ask, self._host.clock.monotonic_s())
+        starts = event.command is Verb.START
+        if starts:
+            event = msgspec.structs.replace(event, expected=frozenset(self._config.expected))
         fleet, effects = transition(self.fleet, event)
         self._check_able(event.command)
         if self._book.full:
@@ -325,12 +358,15 @@ class Coordinator:
             wanted=State.STOPPED if event.command is Verb.STOP else fleet.state,
             deadline_s=self._host.clock.monotonic_s() + ask.timeout_s,
             allow_unknown=ask.allow_unknown,
+            version=fleet.version if event.command is Verb.UPDATE else None,
         )
         self._book.put(record)
         if not any(isinstance(effect, Persist) for effect in effects):
             effects = (Persist(), *effects)  # the record itself must outlive us
-        await self._apply(fleet, effects)
-        self._events.emit("command", owner=ask.owner, command=event.command, epoch=fleet.epoch)
+        await self._apply(fleet, effects, ask)
+        if starts:
+            self._launching = self._members.lives()
+            self._members.forget_lost()
         return record
 
     def _check_able(self, command: Verb) -> None:
@@ -339,7 +375,7 @@ class Coordinator:
         unable = [member.name for member in self._members.known() if needed not in member.facts.capabilities]
         if needed is not None and unable:
             why, hint = f"{', '.join(unable)} cannot do it", "STOP the fleet and start it anew instead"
-        elif command is Verb.START:
+        elif command is Verb.START and not self._config.launches:
             why, hint = "this coordinator launches nothing", "start the fleet again with `interlock serve`"
         else:
             return
@@ -360,6 +396,7 @@ class Coordinator:
         finally:
             self._members.unbind(channel)
             self._watchers.pop(channel, None)
+            self._fronts.leave(channel, self._host.clock.monotonic_s())
             self._peers.drop(channel)
 
     async def _hear(self, channel: Channel, received: Received) -> None:
@@ -373,12 +410,36 @@ class Coordinator:
             case say.GetStatus():
                 why = "the coordinator lost its state and is still hearing what its members stand at"
                 await channel.fault(received, "recovering", why, retryable=True)
+            case say.GetCommand(command_id, owner):
+                await self._report_command(channel, received, command_id, owner)
+            case say.GetEvents() as asked:
+                await self._send(channel, await self._news.answer(asked), received.number)
+            case say.GetMetrics():
+                answer = self._news.render(self.fleet, self._members.records())
+                await self._send(channel, answer, received.number)
             case say.MemberGone(name, incarnation):
                 await self._gone(channel, received, name, incarnation)
             case say.Announce() | say.FindPeer():
                 await self._peers.hear(channel, received, self._host.clock.monotonic_s())
             case say.Command() as ask:
                 await self._command(channel, received, ask)
+
+    async def _report_command(
+        self, channel: Channel, received: Received, command_id: str, owner: str
+    ) -> None:
+        record = self._book.find(command_id, owner)
+        if record is None:
+            why = f"no command {command_id} is known: it was never begun here, or is too long ago"
+            await channel.fault(received, "unknown_command", why)
+            return
+        judged = None
+        if not record.done:
+            now = self._host.clock.monotonic_s()
+            record, judged = judge(record, self.fleet, self._members.records(), now, self._fronts)
+        left_s = record.deadline_s - self._host.clock.monotonic_s()
+        await self._send(
+            channel, report_of(record, self._measured(progress_of(record, judged)), left_s), received.number
+        )
 
     async def _watch(self, channel: Channel, received: Received) -> None:
         """A front may know what this coordinator forgot: that is heard before it is told anything."""
@@ -391,18 +452,24 @@ class Coordinator:
             await channel.fault(received, "invalid", str(error))
             return
         except OSError as error:
-            self._events.emit("state_not_kept", reason=str(error))
+            self._news.emit("state_not_kept", reason=str(error))
             await channel.close()  # it comes again, and tells again
             return
         for life in received.body.over:
             self._members.forbid(life.name, life.incarnation)
         self._watchers[channel] = None
+        self._fronts.hear(channel.peer.name, received.body, channel)
+        self._changed.set()
         if self.fleet.phase is Phase.LEADING:
             await self._send(channel, self._membership())
 
     async def _gone(self, channel: Channel, received: Received, name: str, incarnation: int) -> None:
         """Answered once it is kept: until then the launcher says it again."""
         self._members.gone(name, incarnation)
+        if 0 < incarnation <= self._launching.get(name, 0):
+            self._members.forget_lost()
+            await self._send(channel, self._membership(), received.number)
+            return
         try:
             await self._apply(*transition(self.fleet, Excused(name)))
         except OSError as error:
@@ -421,14 +488,14 @@ class Coordinator:
             await channel.fault(received, "full", str(error), retryable=True)
             return
         if stale is not None:
-            self._events.emit("stale_life", member=channel.peer.name, incarnation=channel.peer.incarnation)
+            self._news.stale(channel.peer.name, channel.peer.incarnation)
             over = f"this life of {channel.peer.name} is over"
             await self._send(channel, Rejected(over, stale.known), received.number)
             return
         try:
             await self._apply(*transition(self.fleet, Heard(channel.peer.name, heard, said.version)))
         except OSError as error:  # it reports again
-            self._events.emit("state_not_kept", reason=str(error))
+            self._news.emit("state_not_kept", reason=str(error))
             return
         record = self._members.record(channel.peer.name)
         if self.fleet.phase is Phase.LEADING and needs_telling(record, self.fleet.epoch):

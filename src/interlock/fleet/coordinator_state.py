@@ -32,6 +32,8 @@ class CommandRecord(msgspec.Struct, frozen=True, kw_only=True):
     """The fleet's state that it waits for."""
     deadline_s: float
     allow_unknown: bool = False
+    version: str | None = None
+    """UPDATE: the weights that it waits for."""
     done: bool = False
     ok: bool = False
     message: str = ""

@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 from interlock.core.limits import NO_MEMBER_SECONDS_MAX, REQUESTS_IN_FLIGHT_MAX
 from interlock.core.roster import Sight
@@ -18,13 +19,14 @@ from interlock.core.targets import State
 from interlock.fleet.client import FleetClient
 from interlock.fleet.engine_link import EngineLink
 from interlock.fleet.generation import Generated, Generation, NoMember, Overloaded, RequestFailed
+from interlock.fleet.keeping import RequestsKeeper
 from interlock.fleet.ledger import GenerationRequest, Ledger, Life
 from interlock.fleet.membership_view import ENDED, MembershipView
 from interlock.fleet.requests import Requests
 from interlock.fleet.router import life_of, may_take_work
 from interlock.host.base import Host
 from interlock.telemetry.events import EventLog
-from interlock.wire.engine_messages import Abort, Cursor, Refused, Tokens
+from interlock.wire.engine_messages import Abort, Cursor, Held, Refused, Tokens
 from interlock.wire.fleet_messages import Command, CommandProgress, Member, Membership
 from interlock.wire.identity import Identity
 
@@ -55,12 +57,30 @@ class Dispatcher:
         events: EventLog | None = None,
         requests_max: int = REQUESTS_IN_FLIGHT_MAX,
         no_member_s: float = NO_MEMBER_SECONDS_MAX,
+        keep_in: Path | None = None,
     ) -> None:
+        """`keep_in`: a state directory; requests then outlive this front, on disk while the fleet is suspended and with their
+        engines otherwise, and are taken up again by `take_up`."""
         self.stale: asyncio.Future[Exception] | None = None
         """Done when this process must stop: a newer life of this front is known, or a part of it has failed."""
         self._host, self._me, self._address = host, identity, coordinator_address
         self._events = events or EventLog(host.clock)
-        self._requests = Requests(host.clock, self._events, self, requests_max)
+        self._requests = Requests(
+            host.clock, self._events, self, requests_max, recoverable=keep_in is not None
+        )
+        self._keeper: RequestsKeeper | None = None
+        if keep_in is not None:
+            self._keeper = RequestsKeeper(
+                host,
+                keep_in,
+                identity.name,
+                self._requests,
+                self._events,
+                on_word=self._say_kept,
+                on_released=self._on_released,
+            )
+        self._recovered: set[str] = set()
+        """Names of engines that have told what they hold of earlier lives of this front."""
         self._no_member_s = no_member_s
         self._memberless_since_s: float | None = None
         self._links: dict[Life, EngineLink] = {}
@@ -80,20 +100,32 @@ class Dispatcher:
         await self.close()
 
     async def start(self) -> None:
+        """Raises `OSError` where requests of an earlier life are kept and the disk fails."""
         self.stale = asyncio.get_running_loop().create_future()
+        keeper = self._keeper
+        if keeper is not None:
+            for kept in await self._host.in_thread(keeper.load):
+                self._requests.last_life.restore(kept)
         self._view = MembershipView(
-            self._host, self._me, self._address, self._on_membership, self.on_stale, self._over
+            self._host, self._me, self._address, self._on_membership, self.on_stale, self._over, keeper
         )
         self._tasks = [
             asyncio.create_task(self._pump(), name="dispatcher pump"),
             asyncio.create_task(self._tick(), name="dispatcher tick"),
         ]
+        if keeper is not None:
+            self._tasks.append(asyncio.create_task(keeper.run(), name="dispatcher keeper"))
         for task in self._tasks:
             task.add_done_callback(self._on_end)
 
     async def close(self) -> None:
-        """Aborts what is in flight, tells the engines, and lets go of everything. Idempotent."""
-        self._requests.fail_all(RequestFailed("closed", "the front is shutting down", retryable=True))
+        """Aborts what is in flight, tells the engines, and lets go of everything. What is on disk stays there, and with the
+        engines. Idempotent."""
+        closed = RequestFailed("closed", "the front is shutting down", retryable=True)
+        if self._holding:
+            self._requests.part(closed)
+        else:
+            self._requests.fail_all(closed)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, *self._errands, return_exceptions=True)
@@ -150,9 +182,61 @@ class Dispatcher:
             raise impossible
         return self._requests.add(request)
 
+    # --- what an earlier life of this front had -------------------------------------------------------------------
+
+    @property
+    def recovered(self) -> bool:
+        """Whether everything that can be taken up is known here: every engine has told what it holds."""
+        view = self.membership
+        if self._keeper is None or view is None:
+            return self._keeper is None
+        return bool(view.members) and all(
+            m.name in self._recovered or m.state in ENDED or not m.facts.address for m in view.members
+        )
+
+    @property
+    def parked(self) -> list[str]:
+        """Requests of an earlier life of this front that wait for somebody to take them up."""
+        return self._requests.last_life.parked.names()
+
+    def known(self, request: str) -> GenerationRequest | None:
+        """What was asked under this name, as long as `take_up` can succeed."""
+        return self._requests.last_life.known(request)
+
+    def take_up(self, request: str) -> Generation:
+        """Reads a request from its first token on, wherever it is by now; whoever read it before is cut off.
+
+        Raises `KeyError` for what is not here: it ended, or was lost with front and engine.
+        """
+        return self._requests.last_life.take_up(request)
+
+    @property
+    def _holding(self) -> bool:
+        return self._keeper is not None and self._keeper.holding
+
+    def _say_kept(self) -> None:
+        if self._view is not None:
+            self._run_errand(asyncio.create_task(self._view.say(), name="word of what is kept"))
+
+    def _on_released(self) -> None:
+        """What engines said while requests were on disk was not taken."""
+        for link in self._links.values():
+            self._run_errand(asyncio.create_task(link.resume(), name=f"resume {link.life}"))
+        self._requests.wake.set()
+
+    def recovers(self, life: Life) -> bool:
+        return self._keeper is not None and life.name not in self._recovered
+
+    def on_held(self, life: Life, held: Held) -> None:
+        self._requests.last_life.on_held(life, held)
+
+    def on_held_all(self, life: Life) -> None:
+        self._recovered.add(life.name)
+        self._requests.last_life.release(life.name)
+
     def admin(self, command: Command) -> AsyncIterator[CommandProgress]:
-        """Passes a command to the coordinator; yields its progress. Raises as `FleetClient.command` does."""
-        return FleetClient(self._host, self._address, self._me).command(command)
+        """Passes a command to the coordinator; yields its progress. Raises as `FleetClient.follow` does."""
+        return FleetClient(self._host, self._address, self._me).follow(command)
 
     def check_integrity(self) -> None:
         """Raises AssertionError when the books do not balance."""
@@ -171,7 +255,7 @@ class Dispatcher:
             )
         if view.target == State.STOPPED:
             return NoMember("the fleet is stopped", hint="start it, then ask again")
-        if all(member.state in ENDED for member in view.members):
+        if all(member.state in ENDED or not member.facts.address for member in view.members):
             return NoMember(
                 "no engine is alive",
                 hint="the supervisor restarts them; if none comes, look at the engines' logs",
@@ -186,6 +270,8 @@ class Dispatcher:
             self.on_stale(error)
 
     def _on_membership(self, view: Membership) -> None:
+        if self._keeper is not None:
+            self._keeper.hear(view)
         newest = {member.name: member.incarnation for member in view.members}
         for member in view.members:
             self._on_member(life_of(member), member)
@@ -205,6 +291,8 @@ class Dispatcher:
             if link is not None and member.state == Sight.LOST:
                 self.on_gone(link, "the coordinator saw its end")
             return
+        if not member.facts.address:
+            return  # attached: others ask it, not we
         if link is None and life.incarnation > self._over.get(life.name, 0):
             self._links[life] = EngineLink(self._host, self._me, life, member.facts, self)
         if member.state == Sight.SUSPECT:
@@ -244,6 +332,8 @@ class Dispatcher:
         self._requests.wake.set()
 
     async def on_tokens(self, link: EngineLink, tokens: Tokens) -> None:
+        if self._holding:
+            return  # it says them again when the fleet runs; what is on disk is what was delivered
         await self._requests.on_tokens(link, tokens)
 
     async def on_refused(self, link: EngineLink, refused: Refused) -> None:
@@ -285,13 +375,15 @@ class Dispatcher:
         while True:
             await requests.wake.wait()
             requests.wake.clear()
-            while requests.waiting and await requests.dispatch_next():
+            while requests.waiting and not self._holding and await requests.dispatch_next():
                 pass
 
     async def _tick(self) -> None:
         while True:
             await self._host.clock.sleep_s(TICK_SECONDS)
-            self._requests.expire()
+            self._requests.tick(self.membership.target if self.membership is not None else None)
+            if self._keeper is not None:
+                self._keeper.look()
             for life, link in list(self._links.items()):
                 if link.silent:
                     self._suspect(life)
@@ -307,5 +399,5 @@ class Dispatcher:
             self._memberless_since_s = None
         elif self._memberless_since_s is None:
             self._memberless_since_s = now
-        elif now - self._memberless_since_s > self._no_member_s:
+        elif now - self._memberless_since_s > self._no_member_s and not self._holding:
             self._requests.fail_waiting(RequestFailed("no_member", str(impossible), retryable=True))

@@ -25,7 +25,16 @@ from interlock.core.limits import (
 from interlock.fleet.ledger import Life
 from interlock.host.base import Host, Watch
 from interlock.wire.channel import Channel, connect_channel
-from interlock.wire.engine_messages import Cursor, FromEngine, Refused, Resume, Tokens
+from interlock.wire.engine_messages import (
+    Cursor,
+    FromEngine,
+    Held,
+    HeldAll,
+    Recover,
+    Refused,
+    Resume,
+    Tokens,
+)
 from interlock.wire.fleet_messages import EngineFacts
 from interlock.wire.identity import Identity
 
@@ -37,6 +46,16 @@ class LinkOwner(Protocol):
     """Who hears what comes over a link. None of these waits for a peer."""
 
     def wanted(self, life: Life) -> list[Cursor]: ...
+
+    def recovers(self, life: Life) -> bool:
+        """Whether that engine may hold requests of an earlier life of this front."""
+        ...
+
+    def on_held(self, life: Life, held: Held) -> None: ...
+
+    def on_held_all(self, life: Life) -> None:
+        """It has told all that it holds."""
+        ...
 
     def on_up(self) -> None: ...
 
@@ -95,8 +114,12 @@ class EngineLink:
 
     def usable(self, epoch: Epoch) -> bool:
         """Whether something dispatched at this epoch can be sent and has a chance to be taken."""
-        now = self._host.clock.monotonic_s()
-        return self.up and not self.silent and epoch >= self.floor and now >= self.blocked_until_s
+        channel = self._channel
+        if channel is None or channel.closed is not None or epoch < self.floor:
+            return False
+        if channel.silent_for_s > SILENCE_SECONDS_MAX:
+            return False
+        return not self.blocked_until_s or self._host.clock.monotonic_s() >= self.blocked_until_s
 
     def block(self, seconds: float) -> None:
         self.blocked_until_s = self._host.clock.monotonic_s() + seconds
@@ -187,17 +210,31 @@ class EngineLink:
     async def _serve(self, channel: Channel) -> None:
         self._quiet.clear()
         self._watch_exit(channel)
-        self._channel = channel
-        self._resume_due, self._resumed_s = False, self._host.clock.monotonic_s()
-        await channel.send(Resume(self._owner.wanted(self.life)))
-        self._owner.on_up()
+        if self._owner.recovers(self.life):
+            await channel.send(Recover())
+        else:
+            await self._begin(channel)
         async for received in channel.messages():
             match received.body:
+                case Held() as held:
+                    self._owner.on_held(self.life, held)
+                case HeldAll(requests, True):
+                    await channel.send(Recover(requests))
+                case HeldAll():
+                    self._owner.on_held_all(self.life)
+                    await self._begin(channel)
                 case Tokens() as tokens:
                     await self._owner.on_tokens(self, tokens)
                 case Refused() as refused:
                     await self._owner.on_refused(self, refused)
         self.last_error = str(channel.closed)
+
+    async def _begin(self, channel: Channel) -> None:
+        """From here on work goes out over this connection."""
+        self._channel = channel
+        self._resume_due, self._resumed_s = False, self._host.clock.monotonic_s()
+        await channel.send(Resume(self._owner.wanted(self.life)))
+        self._owner.on_up()
 
     def _watch_exit(self, channel: Channel) -> None:
         if self._watch is not None or channel.peer_process is None:

@@ -13,7 +13,18 @@ import msgspec
 from interlock.core.errors import InterlockError
 from interlock.core.limits import RETRY_AFTER_SECONDS, STREAM_TOKENS_BUFFER_MAX
 from interlock.fleet.ledger import GenerationRequest
+from interlock.fleet.made import Made, extended
 from interlock.wire.engine_messages import TokenLogprobs
+
+__all__ = [
+    "Generated",
+    "Generation",
+    "Made",
+    "NoMember",
+    "Overloaded",
+    "RequestFailed",
+    "extended",
+]
 
 
 class Overloaded(InterlockError):  # noqa: N818 - what is, as in core/errors
@@ -30,7 +41,7 @@ class NoMember(InterlockError):  # noqa: N818
 
 class RequestFailed(InterlockError):  # noqa: N818
     """The request ended without its end. `code`: "invalid", "deadline", "cannot_continue", "engine_failed", "slow_reader",
-    "no_member", "stopped", "closed"."""
+    "no_member", "stopped", "closed", "taken_up", "not_taken_up"."""
 
     def __init__(self, code: str, message: str, *, hint: str = "", retryable: bool = False) -> None:
         super().__init__(message, hint=hint, retryable=retryable, code=code)
@@ -38,14 +49,7 @@ class RequestFailed(InterlockError):  # noqa: N818
         self.message = message
 
 
-class Made(msgspec.Struct, frozen=True):
-    """So many tokens in a row were made by these weights."""
-
-    version: str
-    tokens: int
-
-
-class Generated(msgspec.Struct, frozen=True):
+class Generated(msgspec.Struct, frozen=True, gc=False):
     """New tokens since the last piece. `finish` is not empty in the last one: "stop", "length" or "abort".
 
     `logprobs` has one entry a token when the request asked for them. `made`: by which weights, in order. `cached_tokens` counts the tokens of the client's
@@ -133,11 +137,29 @@ class Generation:
             self._filled.set()
         return True
 
+    def replay(
+        self,
+        tokens: list[int],
+        logprobs: list[TokenLogprobs],
+        made: list[Made],
+        cached: int,
+    ) -> None:
+        """For a reader who takes it up: all that was delivered before, as its first piece."""
+        self._tokens, self._logprobs, self._made = list(tokens), list(logprobs), list(made)
+        self._cached = min(cached, len(self.request.prompt))
+        if tokens:
+            self._filled.set()
+
     def fail(self, error: InterlockError) -> None:
         """What was delivered before can still be read; then `error` is raised."""
         if not self._finish and self._error is None:
             self._error = error
             self._filled.set()
+
+    def cut_off(self, error: InterlockError) -> None:
+        """The request goes on without this reader, who can end it no more."""
+        self._abort = _nothing
+        self.fail(error)
 
     def close(self) -> None:
         """Aborted by its own reader: nothing more comes."""
@@ -146,8 +168,5 @@ class Generation:
         self._filled.set()
 
 
-def extended(made: list[Made], more: Made) -> list[Made]:
-    """One entry for each change of weights."""
-    if made and made[-1].version == more.version:
-        return [*made[:-1], Made(more.version, made[-1].tokens + more.tokens)]
-    return [*made, more]
+async def _nothing(_: str) -> None:
+    return

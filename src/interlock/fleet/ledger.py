@@ -14,10 +14,11 @@ import msgspec
 
 from interlock.core.errors import LocalProtocolError
 from interlock.core.limits import REQUEST_SECONDS_DEFAULT, REQUESTS_IN_FLIGHT_MAX
+from interlock.fleet.made import Made, extended
 from interlock.wire.engine_messages import Delta, Sampling, TokenLogprobs
 
 
-class Life(msgspec.Struct, frozen=True, order=True):
+class Life(msgspec.Struct, frozen=True, order=True, gc=False):
     """One life of one engine."""
 
     name: str
@@ -27,7 +28,7 @@ class Life(msgspec.Struct, frozen=True, order=True):
         return f"{self.name} (incarnation {self.incarnation})"
 
 
-class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
+class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What a client asked for, validated and tokenised. `id` is unique in this front's life, `deadline_s` counts from submit."""
 
     id: str
@@ -38,6 +39,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 0
     engine: str | None = None
     """Prefer this engine by name, as long as it can take work: for tests and debugging."""
+    note: bytes = b""
+    """The caller's own: what it needs to answer whoever takes this request up after its death."""
 
 
 class Verdict(StrEnum):
@@ -58,7 +61,7 @@ class Verdict(StrEnum):
     """It contradicts what was delivered, or says more than was asked for: that engine cannot be believed."""
 
 
-class Heard(msgspec.Struct, frozen=True):
+class Heard(msgspec.Struct, frozen=True, gc=False):
     """The verdict on one delta, and what of it is new. `finish`, once not empty, is never followed by anything."""
 
     verdict: Verdict
@@ -67,7 +70,7 @@ class Heard(msgspec.Struct, frozen=True):
     finish: str = ""
 
 
-class Entry(msgspec.Struct):
+class Entry(msgspec.Struct, gc=False):
     """One request's line. `attempt` 0 with no `life`: not dispatched yet."""
 
     request: GenerationRequest
@@ -78,6 +81,16 @@ class Entry(msgspec.Struct):
     """Number of delivered tokens when the current attempt was dispatched: its own tokens follow them."""
     failures: int = 0
     """Attempts that ended by an engine's fault without a token: the request itself may be what engines die of."""
+    logprobs: list[TokenLogprobs] = []
+    """Of the delivered tokens, where they were asked for."""
+    made: list[Made] = []
+    """By which weights the delivered tokens were made."""
+    cached_tokens: int | None = None
+    """Of the client's prompt, where it first ran."""
+    home: str = ""
+    """From an earlier life of this front: the engine that had the attempt, and may have it still."""
+    told: int = 0
+    """So many tokens an earlier life may have delivered: with fewer here, and their engine gone, nobody can go on from them."""
 
     @property
     def attempt_tokens(self) -> int:
@@ -117,6 +130,19 @@ class Ledger:
         entry = self._entries[request.id] = Entry(request)
         return entry
 
+    def restore(self, entry: Entry) -> None:
+        """A line of an earlier life's ledger. Raises as `add`."""
+        self.add(entry.request)
+        self._entries[entry.request.id] = entry
+
+    def adopt(self, request: str, life: Life) -> Entry:
+        """The attempt that an earlier life of this front had given to that engine goes on there."""
+        entry = self._entries[request]
+        assert entry.life is None
+        entry.life, entry.home = life, ""
+        self._of_life.setdefault(life, set()).add(request)
+        return entry
+
     def assign(self, request: str, life: Life) -> Entry:
         """The next attempt is given to `life`. Raises LocalProtocolError while the last one still counts."""
         entry = self._entries[request]
@@ -125,7 +151,7 @@ class Ledger:
                 f"request {request} runs on {entry.life} as attempt {entry.attempt}", hint="release it first"
             )
         entry.attempt += 1
-        entry.life, entry.base = life, len(entry.delivered)
+        entry.life, entry.base, entry.home = life, len(entry.delivered), ""
         self._of_life.setdefault(life, set()).add(request)
         return entry
 
@@ -187,7 +213,12 @@ class Ledger:
             return Heard(Verdict.CONFLICT)  # an end before tokens that the same attempt has sent
         if not fresh and not delta.finish:
             return Heard(Verdict.REPEAT)
-        entry.delivered += fresh
+        if fresh:
+            entry.delivered += fresh
+            entry.logprobs += delta.logprobs[known:]
+            entry.made = extended(entry.made, Made(delta.version, len(fresh)))
+        if entry.cached_tokens is None:
+            entry.cached_tokens = delta.cached_tokens
         if delta.finish:
             self.release(delta.request)
         return Heard(Verdict.NEW, fresh, delta.logprobs[known:], delta.finish)

@@ -30,7 +30,7 @@ from interlock.core.targets import State
 from interlock.fleet.coordinator_state import KnownMember
 from interlock.host.base import Host, Watch
 from interlock.wire.channel import Channel
-from interlock.wire.fleet_messages import EngineFacts, Load, Member, MemberReport
+from interlock.wire.fleet_messages import EngineFacts, Load, Member, MemberReport, Memory
 
 
 class Seat(msgspec.Struct):
@@ -40,6 +40,7 @@ class Seat(msgspec.Struct):
     facts: EngineFacts
     load: Load
     heard_s: float
+    memory: Memory | None = None
     channel: Channel | None = None
     watch: Watch | None = None
     watching: asyncio.Task[None] | None = None
@@ -89,9 +90,29 @@ class Members:
                 seat.record.standing == epoch,
                 seat.record.version,
                 seat.load,
+                seat.memory,
             )
             for _, seat in sorted(self._seats.items())
         ]
+
+    def memories(self) -> dict[tuple[str, int], Memory]:
+        """By name and incarnation, of those that said."""
+        return {
+            (seat.record.name, seat.record.incarnation): seat.memory
+            for seat in self._seats.values()
+            if seat.memory is not None
+        }
+
+    def lives(self) -> dict[str, int]:
+        """The newest of each name that is known."""
+        return self._ends | {name: seat.record.incarnation for name, seat in self._seats.items()}
+
+    def forget_lost(self) -> None:
+        """New lives are launched: those that are over are waited for no more. That they are over is remembered."""
+        for name, seat in list(self._seats.items()):
+            if seat.record.sight is Sight.LOST:
+                self.forbid(name, seat.record.incarnation)
+                self._leave(self._seats.pop(name))
 
     def report(self, channel: Channel, said: MemberReport) -> AnswerStale | None:
         """A member's word. Returns what to answer to a life that is over.
@@ -117,6 +138,7 @@ class Members:
             if effects:
                 self._on_change(seat.record)
         seat.facts, seat.load, seat.heard_s = said.facts, said.load, self._host.clock.monotonic_s()
+        seat.memory = said.memory
         if seat.channel is not channel:
             seat.channel = channel
             self._watch_exit(seat, channel)

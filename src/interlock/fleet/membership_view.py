@@ -8,9 +8,12 @@ coordinator's and is dropped; it is told what we know, so that it stops or, havi
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 from interlock.core.errors import InterlockError, StaleError
+from interlock.core.identity import Epoch
 from interlock.core.limits import (
     HELLO_SECONDS_MAX,
     MEMBERS_MAX,
@@ -29,6 +32,14 @@ ENDED = (Sight.LOST, State.STOPPED)
 """Words for members that take no work again."""
 
 
+class Keeps(Protocol):
+    """Of a front that keeps its requests over a suspension (`fleet.keeping`)."""
+
+    kept_at: Epoch | None
+    trouble: str
+    trouble_at: Epoch | None
+
+
 class MembershipView:
     """Follows the coordinator at `address`; `on_change` is called after each word that differs from the last."""
 
@@ -40,13 +51,16 @@ class MembershipView:
         on_change: Callable[[Membership], None],
         on_stale: Callable[[Exception], None],
         over: Mapping[str, int] | None = None,
+        keeper: Keeps | None = None,
     ) -> None:
-        """`over`, read anew each time: by name, the highest life that is known to be over."""
+        """`over`, read anew each time: by name, the highest life that is known to be over. `keeper` says what of this front's
+        requests is on disk."""
         self.current: Membership | None = None
         self.last_error = "not connected yet"
         self._host, self._me, self._address = host, me, address
         self._on_change, self._on_stale = on_change, on_stale
         self._over: Mapping[str, int] = {} if over is None else over
+        self._keeper = keeper
         self._channel: Channel | None = None
         self._task = asyncio.create_task(self._run(), name="membership")
         self._task.add_done_callback(self._on_end)
@@ -92,7 +106,18 @@ class MembershipView:
 
     def _watch(self) -> WatchMembership:
         over = [LifeOver(name, life) for name, life in self._over.items()]
-        return WatchMembership(self._heard(), over[-MEMBERS_MAX:])
+        if self._keeper is None:
+            return WatchMembership(self._heard(), over[-MEMBERS_MAX:])
+        keeper = self._keeper
+        return WatchMembership(
+            self._heard(), over[-MEMBERS_MAX:], True, keeper.kept_at, keeper.trouble, keeper.trouble_at
+        )
+
+    async def say(self) -> None:
+        """The coordinator is told anew what this front knows and keeps, if it can be reached; else when it can."""
+        if self._channel is not None:
+            with contextlib.suppress(ConnectionError):
+                await self._channel.send(self._watch())
 
     def _is_over(self, member: Member) -> bool:
         return member.state not in ENDED and member.incarnation < self._over.get(member.name, 0)

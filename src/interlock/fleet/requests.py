@@ -3,6 +3,8 @@
 A request waits in the queue until `dispatch_next` finds it an engine. Deltas are judged by the ledger and pushed to its reader;
 the end is acknowledged. What ends an attempt without ending the request (an exit, a suspicion, a refusal) puts it back at the
 head of the queue, as a continuation where tokens were delivered, or ends it by name.
+
+Requests of an earlier life of this front (`last_life`) go on where they were, unread until somebody takes them up.
 """
 
 from __future__ import annotations
@@ -19,9 +21,13 @@ from interlock.core.limits import (
     REQUEST_SECONDS_MAX,
     RETRY_AFTER_SECONDS,
 )
+from interlock.core.targets import State
 from interlock.fleet.engine_link import EngineLink
 from interlock.fleet.generation import Generation, Overloaded, RequestFailed
+from interlock.fleet.kept_requests import KeptRequest, kept_whole, note_of
+from interlock.fleet.last_life import LastLife
 from interlock.fleet.ledger import Entry, GenerationRequest, Heard, Ledger, Life, Verdict
+from interlock.fleet.parked import Ended
 from interlock.fleet.router import choose, life_of
 from interlock.host.base import Clock
 from interlock.telemetry.events import EventLog
@@ -29,14 +35,17 @@ from interlock.text.continuation import Complete, Continue, Decision, Refuse, de
 from interlock.wire.engine_messages import (
     Abort,
     Acknowledge,
+    AcknowledgeAll,
     Cursor,
     Delta,
     Dispatch,
+    End,
     Refused,
     Sampling,
     Tokens,
 )
 from interlock.wire.fleet_messages import Member, Membership
+from interlock.wire.token_ids import pack_ids
 
 REFUSALS = ("stale_epoch", "not_running", "invalid", "overloaded", "unknown")
 REMINDERS_SLACK = 1024
@@ -68,7 +77,10 @@ def cache_salt(tenant: str, version: str) -> str:
 class Requests:
     """Mutable, one a front; nothing in it waits for a peer."""
 
-    def __init__(self, clock: Clock, events: EventLog, roads: Roads, requests_max: int) -> None:
+    def __init__(
+        self, clock: Clock, events: EventLog, roads: Roads, requests_max: int, *, recoverable: bool = False
+    ) -> None:
+        """`recoverable`: each dispatch carries a note, by which a later life of this front owns the request again."""
         self.ledger = Ledger(requests_max)
         self.counters: Counter[str] = Counter()
         self.wake = asyncio.Event()
@@ -78,6 +90,13 @@ class Requests:
         self._avoid: dict[str, Life] = {}
         self._queue: OrderedDict[str, None] = OrderedDict()
         self._deadlines: list[tuple[float, str]] = []
+        self._recoverable = recoverable
+        self.changes = 0
+        """Grows whenever `kept` would return other requests."""
+        self.last_life = LastLife(self, events)
+        self._ends_s: dict[str, float] = {}
+        self._suspended_s = 0.0
+        self._ticked_s: float | None = None
 
     @property
     def waiting(self) -> int:
@@ -87,7 +106,8 @@ class Requests:
         """Into the ledger, which must not be full, and the queue."""
         self.ledger.add(request)
         generation = self._generations[request.id] = Generation(request, self.abort)
-        self._remind(self._clock.monotonic_s() + min(request.deadline_s, REQUEST_SECONDS_MAX), request.id)
+        self._remind(self._now_s() + min(request.deadline_s, REQUEST_SECONDS_MAX), request.id)
+        self.changes += 1
         self.counters["requests"] += 1
         self._queue[request.id] = None
         self.wake.set()
@@ -131,9 +151,30 @@ class Requests:
         for entry in self.ledger.entries():
             self._fail(entry, error)
 
-    def expire(self) -> None:
-        """Ends what has reached its deadline."""
+    def part(self, error: InterlockError) -> None:
+        """This life ends and what is on disk stays: readers are told, engines are not."""
+        for generation in self._generations.values():
+            generation.cut_off(error)
+
+    def tick(self, target: str | None) -> None:
+        """To be called now and then. Deadlines do not run while the fleet is suspended, nor does the time to take a request up
+        while it stands."""
         now = self._clock.monotonic_s()
+        passed_s = now - self._ticked_s if self._ticked_s is not None else 0.0
+        self._ticked_s = now
+        if target == State.SUSPENDED:
+            self._suspended_s += passed_s
+        elif target == State.RUNNING:
+            self.last_life.ran(passed_s)
+        self._expire_all()
+
+    def _now_s(self) -> float:
+        """The clock of deadlines."""
+        return self._clock.monotonic_s() - self._suspended_s
+
+    def _expire_all(self) -> None:
+        """Ends what has reached its deadline."""
+        now = self._now_s()
         while self._deadlines and self._deadlines[0][0] <= now:
             entry = self.ledger.get(heapq.heappop(self._deadlines)[1])
             if entry is not None:
@@ -145,14 +186,55 @@ class Requests:
         ids = {entry.request.id for entry in self.ledger.entries()}
         assert ids == set(self._generations)
         waiting = {entry.request.id for entry in self.ledger.entries() if entry.life is None}
-        assert waiting == set(self._queue), (waiting, self._queue)
+        awaited = self.last_life.awaited
+        assert waiting == set(self._queue) | awaited, (waiting, self._queue, awaited)
+        assert not awaited & set(self._queue)
         assert set(self._avoid) <= ids
+        assert set(self._ends_s) == ids
+
+    # --- from one life of the front to the next -------------------------------------------------------------------
+
+    def kept(self) -> list[KeptRequest]:
+        """All of them, for the disk; to be encoded before anything is delivered again."""
+        now = self._now_s()
+        return [
+            kept_whole(entry, max(0.0, self._ends_s[entry.request.id] - now))
+            for entry in self.ledger.entries()
+        ]
+
+    # What `last_life` asks of it:
+
+    def enter(self, entry: Entry, *, queued: bool) -> None:
+        """A request of an earlier life, unread so far; `queued`: to be dispatched anew."""
+        request = entry.request
+        self.ledger.restore(entry)
+        self._generations[request.id] = Generation(request, self.abort)
+        self._remind(self._now_s() + min(request.deadline_s, REQUEST_SECONDS_MAX), request.id)
+        self.changes += 1
+        self.counters["recovered"] += 1
+        if queued:
+            self._queue[request.id] = None
+
+    def give_reader(self, request: str) -> Generation:
+        """A new one, for a request in the ledger; the one before is told."""
+        entry = self._entry(request)
+        said = f"request {request} was taken up by another connection"
+        self._generations[request].cut_off(RequestFailed("taken_up", said))
+        generation = self._generations[request] = Generation(entry.request, self.abort)
+        return generation
+
+    def requeue(self, entry: Entry) -> None:
+        self._requeue(entry)
+
+    def fail(self, entry: Entry, error: InterlockError) -> None:
+        self._fail(entry, error)
 
     # --- what engines say -----------------------------------------------------------------------------------------
 
     async def on_tokens(self, link: EngineLink, tokens: Tokens) -> None:
         """Judges the whole frame first, then answers it: between the two nothing else can touch a request."""
-        answers: list[Abort | Acknowledge] = []
+        aborts: list[Abort] = []
+        ends: list[End] = []
         gap = False
         for delta in tokens.deltas:
             heard = self.ledger.accept(delta, link.life)
@@ -162,19 +244,24 @@ class Requests:
                 case Verdict.NEW:
                     self._on_new(link, delta, heard)
                     if heard.finish:
-                        answers.append(Acknowledge(delta.request, delta.attempt))
+                        ends.append(End(delta.request, delta.attempt))
                 case Verdict.CONFLICT:
                     self._on_conflict(link, delta)
-                    answers.append(Abort(delta.request, delta.attempt))
+                    aborts.append(Abort(delta.request, delta.attempt))
                 case Verdict.GAP:
                     gap = True
+                case Verdict.STALE | Verdict.UNKNOWN | Verdict.FOREIGN if delta.finish:
+                    ends.append(End(delta.request, delta.attempt))
                 case Verdict.STALE | Verdict.UNKNOWN | Verdict.FOREIGN:
-                    end = Acknowledge if delta.finish else Abort
-                    answers.append(end(delta.request, delta.attempt))
+                    aborts.append(Abort(delta.request, delta.attempt))
                 case Verdict.REPEAT:
                     pass
-        for answer in answers:
-            await link.send(answer)
+        for abort in aborts:
+            await link.send(abort)
+        if len(ends) == 1:
+            await link.send(Acknowledge(ends[0].request, ends[0].attempt))
+        elif ends:
+            await link.send(AcknowledgeAll(ends))
         if gap:
             await link.resume()
 
@@ -182,7 +269,9 @@ class Requests:
         entry = self._entry(delta.request)
         finish = "" if heard.finish == "error" else heard.finish
         generation = self._generations[delta.request]
-        if not generation.push(
+        if delta.request in self.last_life.parked:  # nobody reads yet; the ledger has it
+            self._on_parked(link, entry, finish, delta)
+        elif not generation.push(
             heard.tokens, heard.logprobs, finish, delta.cached_tokens, delta.detail, delta.version
         ):
             waiting = "its reader is more tokens behind than are kept for it"
@@ -192,6 +281,15 @@ class Requests:
         elif heard.finish == "error":
             why = delta.detail or "no reason was given"
             self._failed(entry, f"{link.life} failed at it: {why}", link.life)
+
+    def _on_parked(self, link: EngineLink, entry: Entry, finish: str, delta: Delta) -> None:
+        if finish:
+            self.last_life.parked.end(Ended(entry, finish, delta.detail))
+            self._end(entry, finish)
+        elif delta.finish:
+            self._failed(
+                entry, f"{link.life} failed at it: {delta.detail or 'no reason was given'}", link.life
+            )
 
     def _on_conflict(self, link: EngineLink, delta: Delta) -> None:
         self._failed(self._entry(delta.request), f"{link.life} contradicted what it had said", link.life)
@@ -230,6 +328,13 @@ class Requests:
     # --- a request's turns ----------------------------------------------------------------------------------------
 
     def _decide(self, entry: Entry, max_model_tokens: int | None = None) -> Decision:
+        if (
+            len(entry.delivered) < entry.told
+        ):  # found by the simulator (seed 928): it began anew, with other tokens
+            reason = (
+                "an earlier life of this front may have delivered more, which only that engine could repeat"
+            )
+            return Refuse("the answer", reason)
         return decide(entry.request.prompt, entry.request.sampling, entry.delivered, max_model_tokens)
 
     def _failed(self, entry: Entry, why: str, avoid: Life | None = None) -> None:
@@ -246,6 +351,7 @@ class Requests:
     def _requeue(self, entry: Entry, avoid: Life | None = None) -> None:
         """The attempt is over, the request is not: it goes on elsewhere, is complete, or ends by name."""
         request = entry.request.id
+        self.changes += 1
         self.ledger.release(request)
         decision = self._decide(entry)
         if isinstance(decision, Refuse):
@@ -265,6 +371,8 @@ class Requests:
         self.wake.set()
 
     def _complete(self, entry: Entry, end: Complete) -> None:
+        if entry.request.id in self.last_life.parked:
+            self.last_life.parked.end(Ended(entry, end.finish, end.detail))
         self._generations[entry.request.id].push([], [], end.finish, 0, end.detail)
         self._end(entry, end.finish)
 
@@ -277,6 +385,8 @@ class Requests:
         code = error.code if isinstance(error, RequestFailed) else type(error).__name__
         self.counters[f"failed_{code}"] += 1
         self._event("request_failed", entry, code=code, message=str(error))
+        if entry.request.id in self.last_life.parked:
+            self.last_life.parked.end(Ended(entry, error=error))
         self._generations[entry.request.id].fail(error)
         self._stop(entry)
 
@@ -290,6 +400,9 @@ class Requests:
         self._queue.pop(request, None)
         self._generations.pop(request, None)
         self._avoid.pop(request, None)
+        self._ends_s.pop(request, None)
+        self.last_life.awaited.discard(request)
+        self.changes += 1
         self.wake.set()
 
     # --- the pump -------------------------------------------------------------------------------------------------
@@ -340,7 +453,10 @@ class Requests:
         link = self._roads.link(life)
         assert link is not None, "the router chooses among those that are reached"
         salt = cache_salt(request.tenant, view.version)
-        body = Dispatch(request.id, entry.attempt, view.epoch, prompt, sampling, salt, request.priority)
+        left_s = max(0.0, self._ends_s[request.id] - self._now_s())
+        note = note_of(entry, left_s) if self._recoverable else b""
+        packed = pack_ids(prompt)
+        body = Dispatch(request.id, entry.attempt, view.epoch, packed, sampling, salt, request.priority, note)
         try:
             await link.send(body)
         except InterlockError as error:  # too long for a frame: no engine will ever take it
@@ -353,6 +469,7 @@ class Requests:
             self._deadlines = [item for item in self._deadlines if self.ledger.get(item[1]) is not None]
             heapq.heapify(self._deadlines)
         heapq.heappush(self._deadlines, (deadline_s, request))
+        self._ends_s[request] = deadline_s
 
     def _expire(self, entry: Entry) -> None:
         where = f"on {entry.life}" if entry.life else "waiting for an engine"

@@ -43,12 +43,26 @@ def choose(
     `usable` says of a life whether this front reaches it and was not just refused by it; `prefer` is a name that is taken
     whatever its load; `avoid` are lives taken only where nothing else is left.
     """
-    candidates = [m for m in view.members if may_take_work(m, view) and usable(life_of(m))]
-    candidates = [m for m in candidates if life_of(m) not in avoid] or candidates
-    candidates = [m for m in candidates if m.name == prefer] or candidates
+    best: Member | None = None
+    least: tuple[bool, bool, int, int, str] | None = None
+    for member, life in _standing(view):
+        if not usable(life):
+            continue
+        own, load = in_flight(life), member.load
+        burden = max(own, load.running + load.waiting)
+        rank = (life in avoid, member.name != prefer, burden, own, member.name)
+        if least is None or rank < least:
+            best, least = member, rank
+    return best
 
-    def burden(member: Member) -> tuple[int, int, str]:
-        own = in_flight(life_of(member))
-        return max(own, member.load.running + member.load.waiting), own, member.name
 
-    return min(candidates, key=burden, default=None)
+_judged: tuple[Membership, list[tuple[Member, Life]]] | None = None
+
+
+def _standing(view: Membership) -> list[tuple[Member, Life]]:
+    """Who may take work. One membership is asked about for every request until the next comes, so its answer is kept."""
+    global _judged
+    judged = _judged
+    if judged is None or judged[0] is not view:
+        judged = _judged = (view, [(m, life_of(m)) for m in view.members if may_take_work(m, view)])
+    return judged[1]

@@ -4,7 +4,11 @@ It has no state and no port; nobody asks it anything. What it knows it sees: exi
 is ended and proven gone before the coordinator hears `MemberGone` and a new life begins, at most a few times a minute. Its
 own death is seen by its children (a pipe ends), who then leave; the last of them removes the run directory.
 
-    starting ──► ready ──► leaving          a signal, a start that failed, or every engine STOPPED by the fleet's target
+    starting ──► ready ◄──► stopped          every engine STOPPED by the fleet's target; START, by its target as well
+                   └───────────┴──► leaving  a signal, a start that failed, or the end of a stopped fleet asked for
+
+A fleet that is stopped keeps its coordinator, front and store: somebody must hear START. The supervisor looks at the target
+once in a while then, and starts the engines when it is STOPPED no more.
 """
 
 from __future__ import annotations
@@ -61,6 +65,10 @@ class FleetPlan(msgspec.Struct, frozen=True, kw_only=True):
     http_port: int
     example: str = ""
     """Said once the fleet is up: how to ask it something."""
+    stays: bool = True
+    """A fleet whose engines are all STOPPED waits for START; else it leaves."""
+    outlives: bool = False
+    """`states` outlive the supervisor: what was commanded last is asked for before any engine starts."""
     states: Path
     """Where each engine keeps its identity: `<states>/<name>/identity.json`."""
 
@@ -93,6 +101,8 @@ class Supervisor:
         self._end: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._tellers: set[asyncio.Task[None]] = set()
         self._leaving = asyncio.Event()
+        self._resting: asyncio.Task[None] | None = None
+        self._told: asyncio.Task[None] | None = None
 
     def _parts(self) -> list[Part]:
         plan = self._plan
@@ -129,12 +139,26 @@ class Supervisor:
     # --- starting ------------------------------------------------------------------------------------------------
 
     async def _start(self) -> None:
-        for kept in self._kept.values():
-            kept.task = asyncio.create_task(self._keep(kept), name=f"keep {kept.part.name}")
-            kept.task.add_done_callback(self._on_end)
         plan = self._plan
+        engines = {part.name for part in plan.engines}
+        others = [kept for name, kept in self._kept.items() if name not in engines]
         self._say("starting " + ", ".join(self._kept))
-        waits = [self._up(plan.coordinator.name, self._coordinator_answers, PART_START_SECONDS_MAX)]
+        for kept in others:
+            self._begin(kept)
+        if plan.outlives:
+            await self._up(plan.coordinator.name, self._coordinator_answers, PART_START_SECONDS_MAX)
+            if await self._target() == State.STOPPED:
+                await self._up(plan.front.name, self._front_answers, PART_START_SECONDS_MAX)
+                for name in engines:
+                    self._kept[name].stopped = True
+                self._say("the fleet is STOPPED, as it was left; `interlock ctl start` starts its engines")
+                self._rest()
+                return
+        for name in engines:
+            self._begin(self._kept[name])
+        waits = []
+        if not plan.outlives:
+            waits.append(self._up(plan.coordinator.name, self._coordinator_answers, PART_START_SECONDS_MAX))
         if plan.store is not None:
             waits.append(self._up(plan.store.name, self._store_listens, PART_START_SECONDS_MAX))
         for part in plan.engines:
@@ -147,6 +171,12 @@ class Supervisor:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _begin(self, kept: _Kept) -> None:
+        kept.stopped = kept.up = False
+        kept.child = None
+        kept.task = asyncio.create_task(self._keep(kept), name=f"keep {kept.part.name}")
+        kept.task.add_done_callback(self._on_end)
 
     async def _up(self, name: str, probe: Probe, seconds_max: float) -> None:
         """Says when the part is up. Raises `StartFailed` when it died or took too long."""
@@ -178,13 +208,20 @@ class Supervisor:
             return getattr(error, "code", "") == "recovering"
         return True
 
+    async def _target(self) -> str | None:
+        """The state that the fleet shall be in; None while nobody can say."""
+        try:
+            return (await self._client.status(PROBE_ANSWER_SECONDS_MAX)).target
+        except (OSError, InterlockError, TimeoutError):
+            return None
+
     def _member_runs(self, name: str) -> Probe:
         async def probe() -> bool:
             try:
                 fleet = await self._client.status(PROBE_ANSWER_SECONDS_MAX)
             except (OSError, InterlockError):
                 return False
-            return any(m.name == name and m.state == State.RUNNING and m.standing for m in fleet.members)
+            return any(m.name == name and m.state == fleet.target and m.standing for m in fleet.members)
 
         return probe
 
@@ -222,8 +259,16 @@ class Supervisor:
         host = f"[{self._probe_host}]" if ":" in self._probe_host else self._probe_host
         url = f"http://{host}:{self._plan.http_port}"
         self._say(f"ready in {seconds:.1f} s: {url}/v1  (Ctrl-C ends it)")
+        if self._plan.outlives:
+            self._told = asyncio.create_task(self._say_target(), name="target")
         if self._plan.example:
             self._say(self._plan.example.format(url=url))
+
+    async def _say_target(self) -> None:
+        """What it was left in, where that is not RUNNING."""
+        target = await self._target()
+        if target not in (None, State.RUNNING, State.STOPPED):
+            self._say(f"the fleet is {target}, as it was left; `interlock ctl status` says who holds it")
 
     # --- keeping -------------------------------------------------------------------------------------------------
 
@@ -296,12 +341,54 @@ class Supervisor:
     async def _engine_stopped(self, kept: _Kept) -> None:
         kept.stopped = True
         self._say(f"{kept.part.name} is stopped")
-        if not all(self._kept[part.name].stopped for part in self._plan.engines):
+        if self._plan.stays:
+            self._rest()
+        if not self._all_stopped:
+            return
+        if self._plan.stays:
+            self._say(
+                "the fleet is stopped; `interlock ctl start` starts its engines again, Ctrl-C ends the rest"
+            )
             return
         if self._tellers:
             await asyncio.wait(set(self._tellers), timeout=CHILD_GRACE_SECONDS)
         await self._host.clock.sleep_s(LAST_ANSWER_SECONDS)
         self.leave("the fleet is stopped")
+
+    # --- stopped -------------------------------------------------------------------------------------------------
+
+    @property
+    def _all_stopped(self) -> bool:
+        return all(self._kept[part.name].stopped for part in self._plan.engines)
+
+    def _rest(self) -> None:
+        if self._resting is None or self._resting.done():
+            self._resting = asyncio.create_task(self._await_start(), name="wait for START")
+            self._resting.add_done_callback(self._on_end)
+
+    async def _await_start(self) -> None:
+        """Until the target is STOPPED no more, or the end of what is left is asked for."""
+        while (target := await self._target()) in (None, State.STOPPED):
+            if self._all_stopped and self._launcher.told_to_leave:
+                await self._host.clock.sleep_s(LAST_ANSWER_SECONDS)
+                self.leave("the fleet is stopped and its end was asked for")
+                return
+            await self._host.clock.sleep_s(PROBE_SECONDS)
+        begun_s = self._host.clock.monotonic_s()
+        stopped = [part.name for part in self._plan.engines if self._kept[part.name].stopped]
+        self._say(f"the fleet shall be {target}: starting {', '.join(stopped)}")
+        for name in stopped:
+            self._begin(self._kept[name])
+        ups = [self._up(name, self._member_runs(name), ENGINE_START_SECONDS_MAX) for name in stopped]
+        for up in await asyncio.gather(*ups, return_exceptions=True):
+            if isinstance(up, StartFailed):
+                self._say(str(up))  # it is started again like any that died; START says who did not come
+            elif isinstance(up, BaseException):
+                raise up
+        self._say(f"started in {self._host.clock.monotonic_s() - begun_s:.1f} s")
+        if any(self._kept[part.name].stopped for part in self._plan.engines):
+            self._resting = None
+            self._rest()
 
     # --- leaving -------------------------------------------------------------------------------------------------
 
@@ -309,7 +396,7 @@ class Supervisor:
         """The front first, so that no request comes any more; then everything else at once."""
         self._leaving.set()
         begun_s = self._host.clock.monotonic_s()
-        for teller in list(self._tellers):
+        for teller in [*self._tellers, *(task for task in (self._resting, self._told) if task is not None)]:
             teller.cancel()
         front = self._kept[self._plan.front.name]
         others = [kept for kept in self._kept.values() if kept is not front]

@@ -1,4 +1,5 @@
-"""GET /interlock/status, POST /interlock/pause, unpause, update, suspend, resume: the coordinator's commands over HTTP.
+"""GET /interlock/status, command, events, POST /interlock/pause, unpause, update, suspend, resume, drain, stop: the coordinator
+over HTTP.
 
 Who may: the admin token of the run directory, or the API key. Where neither exists nobody may.
 """
@@ -14,6 +15,8 @@ from starlette.types import Receive, Scope, Send
 from interlock.core.errors import ChannelFault, InterlockError
 from interlock.core.limits import (
     COMMAND_SECONDS_DEFAULT,
+    ENGINE_START_SECONDS_MAX,
+    EVENTS_WAIT_SECONDS_MAX,
     FACT_CHARS_MAX,
     NAME_CHARS_MAX,
     REQUEST_SECONDS_MAX,
@@ -60,11 +63,33 @@ class PlainQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     timeout_s: Seconds = COMMAND_SECONDS_DEFAULT
 
 
-VERBS = ("pause", "unpause", "update", "suspend", "resume")
+class CommandQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    id: Owner
+    owner: Annotated[str, Meta(max_length=NAME_CHARS_MAX)] = ""
+
+
+class EventsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    after: Annotated[int, Meta(ge=0)] = 0
+    """The last number that was seen."""
+    ring: Annotated[str, Meta(max_length=NAME_CHARS_MAX)] = ""
+    """Whose number that is, as the last answer said."""
+    wait_seconds: Annotated[float, Meta(ge=0, le=EVENTS_WAIT_SECONDS_MAX)] = 0.0
+
+
+class StartQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    version: Owner | None = None
+    """What the weights are called; without it those that the fleet had."""
+    weights: Annotated[str, Meta(max_length=FACT_CHARS_MAX)] = ""
+    owner: Owner = "http"
+    timeout_s: Seconds = ENGINE_START_SECONDS_MAX
+
+
+VERBS = ("pause", "unpause", "update", "suspend", "resume", "drain", "stop", "start")
+QUESTIONS = ("status", "command", "events")
 
 
 class AdminEndpoint:
-    """An ASGI application for one admin path; `verb` is "status" or one of `VERBS`."""
+    """An ASGI application for one admin path; `verb` is one of `VERBS` or `QUESTIONS`."""
 
     def __init__(self, front: Front, verb: str) -> None:
         self._front, self._verb = front, verb
@@ -123,10 +148,32 @@ class AdminEndpoint:
                         owner=update.owner,
                         timeout_s=update.timeout_s,
                     )
-                case "suspend" | "resume":
+                case "suspend" | "resume" | "drain" as verb:
                     plain = read_query(scope, PlainQuery)
-                    ask = coordinator.suspend if self._verb == "suspend" else coordinator.resume
-                    return await ask(owner=plain.owner, timeout_s=plain.timeout_s)
+                    ask = getattr(coordinator, verb)
+                    progress: msgspec.Struct = await ask(owner=plain.owner, timeout_s=plain.timeout_s)
+                    return progress
+                case "stop":
+                    plain = read_query(scope, PlainQuery)
+                    return await coordinator.stop(
+                        owner=plain.owner, timeout_s=plain.timeout_s, composite=True
+                    )
+                case "command":
+                    named = read_query(scope, CommandQuery)
+                    return await coordinator.command(named.id, owner=named.owner)
+                case "events":
+                    wanted = read_query(scope, EventsQuery)
+                    return await coordinator.events(
+                        wanted.after, wanted.ring, wait_seconds=wanted.wait_seconds
+                    )
+                case "start":
+                    start = read_query(scope, StartQuery)
+                    return await coordinator.start(
+                        owner=start.owner,
+                        timeout_s=start.timeout_s,
+                        version=start.version,
+                        weights=start.weights,
+                    )
                 case _:
                     return await coordinator.status()
         except (InterlockError, OSError, TimeoutError) as error:
@@ -138,6 +185,8 @@ def explain(error: Exception) -> ApiError:
     match error:
         case ChannelFault(code=code, retryable=retryable) if code == "recovering" or retryable:
             return _unavailable(str(error), code)
+        case ChannelFault(code="unknown_command"):
+            return ApiError(404, str(error), code="unknown_command")
         case ChannelFault(code=code):
             return ApiError(409, str(error), code=code)
         case CommandFailed():

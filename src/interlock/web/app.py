@@ -10,14 +10,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from interlock.core.errors import InterlockError
 from interlock.core.limits import RETRY_AFTER_SECONDS
 from interlock.core.targets import State
-from interlock.web.admin import VERBS, AdminEndpoint
+from interlock.web.admin import QUESTIONS, VERBS, AdminEndpoint
 from interlock.web.answers import encoder
 from interlock.web.endpoints import chat_endpoint, check_use, completions_endpoint
 from interlock.web.errors import ApiError
 from interlock.web.front import Front
+from interlock.web.taking_up import TakeUpEndpoint
 
+METRICS_SECONDS_MAX = 2.0
+"""What a scrape waits for the coordinator: Prometheus gives up after ten seconds."""
 PAUSED_TARGETS = (State.PAUSED, State.SUSPENDED)
 
 
@@ -30,7 +34,8 @@ def make_app(front: Front) -> Starlette:
         Route("/v1/models/{model:path}", pages.model, methods=["GET"]),
         Route("/health", pages.health, methods=["GET"]),
         Route("/metrics", pages.metrics, methods=["GET"]),
-        Route("/interlock/status", AdminEndpoint(front, "status"), methods=["GET"]),
+        Route("/interlock/streams/{id}", TakeUpEndpoint(front), methods=["GET"]),
+        *(Route(f"/interlock/{word}", AdminEndpoint(front, word), methods=["GET"]) for word in QUESTIONS),
         *(Route(f"/interlock/{verb}", AdminEndpoint(front, verb), methods=["POST"]) for verb in VERBS),
     ]
     return Starlette(routes=routes, exception_handlers={HTTPException: unrouted, ApiError: told})
@@ -108,8 +113,17 @@ class Pages:
         return as_json(body, 503, {"retry-after": str(RETRY_AFTER_SECONDS)})
 
     async def metrics(self, request: Request) -> Response:
-        check_use(self._front, request.scope)
-        return Response(self._front.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        """This front's own, and after them the coordinator's, which has no port."""
+        front = self._front
+        check_use(front, request.scope)
+        try:
+            coordinator = (await front.coordinator.metrics(METRICS_SECONDS_MAX)).encode()
+        except (InterlockError, OSError, TimeoutError) as error:
+            words = " ".join(str(error).split())
+            coordinator = f"# the coordinator cannot be asked: {words}\n".encode()
+        return Response(
+            front.metrics.render() + coordinator, media_type="text/plain; version=0.0.4; charset=utf-8"
+        )
 
 
 def as_json(content: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:

@@ -31,6 +31,9 @@ class CompletionAnswer:
             yield self._made([CompletionChoice(index, echo, None, None)])
 
     def chunks(self, piece: Piece) -> Iterator[Completion]:
+        if piece.skipped and self._job.logprobs is not None:
+            show = self._front.text.token_text
+            self._offsets[piece.index] += sum(len(show(token_id)) for token_id in piece.skipped)
         if not self._front.shows(piece) and piece.finish_reason is None:
             return
         first = piece.index not in self._begun

@@ -22,6 +22,8 @@ STATUS_OF_FAILURE = {
     "stopped": 503,
     "closed": 503,
     "aborted": 503,
+    "taken_up": 409,
+    "not_taken_up": 410,
 }
 """By `RequestFailed.code`; the others are 500: an engine's or our own fault."""
 

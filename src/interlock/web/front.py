@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol, TypeVar
 
 import msgspec
@@ -17,7 +17,7 @@ from interlock.host.base import Host
 from interlock.text.model import TextModel
 from interlock.web.errors import ApiError, no_engine
 from interlock.web.metrics import FrontMetrics
-from interlock.wire.fleet_messages import CommandProgress, Membership
+from interlock.wire.fleet_messages import CommandProgress, CommandReport, Events, Membership
 
 T = TypeVar("T")
 
@@ -34,9 +34,23 @@ class Fleet(Protocol):
     @property
     def ready(self) -> bool: ...
 
+    @property
+    def counters(self) -> Mapping[str, int]: ...
+
     def in_flight(self) -> dict[str, int]: ...
 
     def submit(self, request: GenerationRequest) -> Generation: ...
+
+    @property
+    def recovered(self) -> bool:
+        """Whether all that an earlier life of this front had, and that is left, is known."""
+        ...
+
+    def known(self, request: str) -> GenerationRequest | None: ...
+
+    def take_up(self, request: str) -> Generation:
+        """Raises `KeyError`."""
+        ...
 
 
 class Coordinator(Protocol):
@@ -65,6 +79,24 @@ class Coordinator(Protocol):
     async def suspend(self, *, owner: str, timeout_s: float = ...) -> CommandProgress: ...
 
     async def resume(self, *, owner: str, timeout_s: float = ...) -> CommandProgress: ...
+
+    async def start(
+        self, *, owner: str, timeout_s: float = ..., version: str | None = ..., weights: str = ...
+    ) -> CommandProgress: ...
+
+    async def drain(self, *, owner: str, timeout_s: float = ...) -> CommandProgress: ...
+
+    async def stop(self, *, owner: str, timeout_s: float = ..., composite: bool = ...) -> CommandProgress: ...
+
+    async def command(
+        self, command_id: str, *, owner: str = ..., timeout_s: float = ...
+    ) -> CommandReport: ...
+
+    async def events(
+        self, after: int = ..., ring: str = ..., *, wait_seconds: float = ..., timeout_s: float = ...
+    ) -> Events: ...
+
+    async def metrics(self, timeout_s: float = ...) -> str: ...
 
 
 class Access(msgspec.Struct, frozen=True):
@@ -115,7 +147,8 @@ class Front:
     def max_model_tokens(self) -> int:
         """The longest sequence that every engine takes. Raises `ApiError` 503 while none has said."""
         view = self.fleet.membership
-        lengths = [m.facts.max_model_tokens for m in view.members if m.state != Sight.LOST] if view else []
+        members = view.members if view else []
+        lengths = [m.facts.max_model_tokens for m in members if m.state != Sight.LOST and m.facts.address]
         if not lengths:
             raise no_engine("No engine has joined the fleet yet; ask again in a moment.")
         return min(lengths)
@@ -125,8 +158,9 @@ class Front:
         view = self.fleet.membership
         if self._fingerprint[0] is not view:
             made = None
-            if view is not None and view.members:
-                said = f"{view.members[0].facts.model}:{view.version}"
+            served = [member.facts.model for member in view.members if member.facts.address] if view else []
+            if view is not None and served:
+                said = f"{served[0]}:{view.version}"
                 made = "fp_" + hashlib.blake2b(said.encode(), digest_size=6).hexdigest()
             self._fingerprint = (view, made)
         return self._fingerprint[1]

@@ -12,6 +12,7 @@ from interlock.fleet.generation import Generation, Made, RequestFailed, extended
 from interlock.fleet.ledger import GenerationRequest
 from interlock.text.stream import TextStream
 from interlock.web.front import Front
+from interlock.web.kept_jobs import note_of
 from interlock.web.requests import Job
 from interlock.wire.engine_messages import TokenLogprobs
 
@@ -24,17 +25,34 @@ class Piece(msgspec.Struct, frozen=True):
     token_ids: list[int]
     logprobs: list[TokenLogprobs]
     finish_reason: str | None
+    skipped: list[int] = []
+    """Tokens before these that the client has from an earlier connection."""
 
 
 class Choice:
-    """`index` counts through the whole answer: all choices of the first prompt, then of the second."""
+    """`index` counts through the whole answer: all choices of the first prompt, then of the second.
 
-    def __init__(self, front: Front, job: Job, index: int) -> None:
+    One that is `taken_up` goes through all its tokens again, and tells from token `after` on: text and stop strings are made
+    from the whole sequence, so that the cut changes nothing.
+    """
+
+    def __init__(
+        self,
+        front: Front,
+        job: Job,
+        index: int,
+        *,
+        taken_up: GenerationRequest | None = None,
+        after: int = 0,
+    ) -> None:
         self.index = index
+        self._after = after
         self.prompt = job.prompts[index // job.best_of]
         sampling = job.sampling[index // job.best_of]
         number = index % job.best_of
-        if number and sampling.seed is not None:
+        if taken_up is not None:
+            sampling = taken_up.sampling
+        elif number and sampling.seed is not None:
             # As vLLM: equal seeds would give equal choices.
             seed = (sampling.seed + number + 2**63) % 2**64 - 2**63
             sampling = msgspec.structs.replace(sampling, seed=seed)
@@ -51,7 +69,10 @@ class Choice:
         self.made: list[Made] = []
         """Which weights made its tokens, in order."""
         self.done = False
-        self.generation: Generation = front.fleet.submit(
+        if taken_up is not None:
+            self.generation: Generation = front.fleet.take_up(taken_up.id)
+            return
+        self.generation = front.fleet.submit(
             GenerationRequest(
                 id=f"{job.id}-{index}",
                 prompt=self.prompt.ids,
@@ -59,6 +80,7 @@ class Choice:
                 tenant=job.tenant,
                 priority=job.priority,
                 engine=job.engine,
+                note=note_of(job, index),
             )
         )
 
@@ -70,9 +92,10 @@ class Choice:
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """Raises what the fleet raises. After its end nothing of this choice runs anywhere."""
         stream = self._stream
+        skipped: list[int] = []
         async for got in self.generation:
             before = stream.tokens
-            text = stream.push(got.token_ids)
+            text, skip = self._push(got.token_ids)
             taken = stream.tokens - before
             self.cached_tokens = got.cached_tokens
             self._note(got.made, taken)
@@ -83,10 +106,28 @@ class Choice:
             elif finish is not None:
                 text += stream.finish()
             self.done = finish is not None
-            yield Piece(self.index, text, got.token_ids[:taken], got.logprobs[:taken], finish)
+            ids, logprobs = got.token_ids[skip:taken], got.logprobs[skip:taken]
+            skipped += got.token_ids[:skip]
+            if self.done or ids or not skip:
+                yield Piece(self.index, text, ids, logprobs, finish, skipped)
+                skipped = []
             if self.done:
+                if stream.tokens < self._after:
+                    raise RequestFailed("invalid", self._too_far())
                 return
         raise RequestFailed("closed", "the request was ended from within before its end", retryable=True)
+
+    def _push(self, token_ids: list[int]) -> tuple[str, int]:
+        """The text to tell, and how many of the tokens the client has already."""
+        stream = self._stream
+        skip = min(len(token_ids), max(0, self._after - stream.tokens))
+        if not skip:
+            return stream.push(token_ids), 0
+        stream.push(token_ids[:skip])
+        return stream.push(token_ids[skip:]), skip
+
+    def _too_far(self) -> str:
+        return f"choice {self.index} ended after {self._stream.tokens} tokens; a client cannot have {self._after}"
 
     def _note(self, made: list[Made], taken: int) -> None:
         """Of a piece that a stop string cuts only the tokens that count."""
@@ -105,12 +146,20 @@ class Choice:
 class Choices:
     """All choices of one job. `begin` raises what `submit` raises. `close` when it is left, however."""
 
-    def __init__(self, front: Front, job: Job) -> None:
+    def __init__(
+        self, front: Front, job: Job, taken_up: tuple[list[GenerationRequest], list[int]] | None = None
+    ) -> None:
+        """`taken_up`: the generations that run already, and how many tokens of each the client has."""
         self._choices: list[Choice] = []
         self._job = job
         self._front = front
+        self._taken_up = taken_up
 
     def begin(self) -> None:
+        if self._taken_up is not None:
+            for index, (request, after) in enumerate(zip(*self._taken_up, strict=True)):
+                self._choices.append(Choice(self._front, self._job, index, taken_up=request, after=after))
+            return
         for index in range(len(self._job.prompts) * self._job.best_of):
             self._choices.append(Choice(self._front, self._job, index))
 

@@ -72,7 +72,9 @@ async def run_front(
     me = load_identity(host, config.state_dir, config.name)
     sock = bind_port(config.host, config.port) if config.listen_fd is None else adopt_port(config.listen_fd)
     with contextlib.closing(sock), signalled() as stop:
-        async with Dispatcher(host, me, config.coordinator_address, events=events) as fleet:
+        async with Dispatcher(
+            host, me, config.coordinator_address, events=events, keep_in=config.state_dir
+        ) as fleet:
             coordinator = FleetClient(host, config.coordinator_address)
             front = Front(
                 host, fleet, coordinator, text, served_model_name=config.served_model_name, access=access

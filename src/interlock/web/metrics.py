@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
+from interlock.core.roster import Sight
+from interlock.core.targets import STRICTNESS, TARGETS, State
 from interlock.telemetry.metrics import Metrics
 from interlock.wire.fleet_messages import Membership
 
@@ -19,7 +22,35 @@ class Seen(Protocol):
     @property
     def membership(self) -> Membership | None: ...
 
+    @property
+    def coordinator_connected(self) -> bool: ...
+
+    @property
+    def counters(self) -> Mapping[str, int]:
+        """What the dispatcher counts: "dispatches", "refused_<code>", "ended_<cause>", …"""
+        ...
+
     def in_flight(self) -> dict[str, int]: ...
+
+
+PLAIN_COUNTS = {
+    "requests": ("interlock_accepted_requests", "Requests taken by this front's dispatcher."),
+    "dispatches": ("interlock_dispatches", "Requests handed to an engine, each attempt counted."),
+    "continuations": ("interlock_continued_requests", "Requests gone on elsewhere from their tokens."),
+    "restarts": ("interlock_restarted_requests", "Requests begun again: nothing had been delivered."),
+    "aborted": ("interlock_aborted_requests", "Requests ended by their client."),
+    "engines_gone": ("interlock_lost_engines", "Lives of engines seen to end."),
+}
+"""Counters of the dispatcher as metrics."""
+FAMILIES = {
+    "refused": ("interlock_engine_refusals", "Dispatches that an engine refused.", "code"),
+    "ended": ("interlock_ended_requests", "Requests that ended, by cause.", "cause"),
+    "failed": ("interlock_failed_requests", "Requests that ended with an error, by its code.", "code"),
+    "deltas": ("interlock_received_deltas", "Words of engines on their requests, by verdict.", "verdict"),
+}
+"""By the first word of a counter's name; the rest of it is the label's value."""
+REFUSALS = ("overloaded", "no_member")
+"""Why this front itself takes no request."""
 
 
 class FrontMetrics:
@@ -33,7 +64,7 @@ class FrontMetrics:
         )
         self._requests = {
             (endpoint, outcome): requests.labels(endpoint, outcome)
-            for endpoint in ("completions", "chat")
+            for endpoint in ("completions", "chat", "streams")
             for outcome in OUTCOMES
         }
         self.first_token = histogram(
@@ -65,18 +96,45 @@ class FleetGauges:
         self._fleet = fleet
 
     def collect(self) -> list[Any]:
+        return [*self._membership(), *self._requests(), *self._counts()]
+
+    def _membership(self) -> list[Any]:
+        """As this front heard it last: where it differs from the coordinator's own, the front is behind."""
         view = self._fleet.membership
         members = GaugeMetricFamily("interlock_members", "Members by state.", labels=["state"])
-        counts: dict[str, int] = {}
+        target = GaugeMetricFamily("interlock_target_info", "1 for the fleet's target.", labels=["state"])
+        holds = GaugeMetricFamily("interlock_holds", "Holds in force, by pause mode.", labels=["mode"])
+        version = GaugeMetricFamily(
+            "interlock_weights_info", "1 for the weights that answer.", labels=["version"]
+        )
+        term = GaugeMetricFamily("interlock_epoch_term_number", "Term of the epoch in force.")
+        number = GaugeMetricFamily("interlock_epoch_number", "Number of the epoch in force, within its term.")
+        counts = dict.fromkeys((str(word) for word in (*State, Sight.SUSPECT, Sight.LOST)), 0)
         for member in view.members if view else []:
             counts[member.state] = counts.get(member.state, 0) + 1
         for state, count in sorted(counts.items()):
             members.add_metric([state], count)
-        term = GaugeMetricFamily("interlock_epoch_term_number", "Term of the epoch in force.")
-        number = GaugeMetricFamily("interlock_epoch_number", "Number of the epoch in force, within its term.")
+        for mode in STRICTNESS:
+            holds.add_metric([mode], sum(hold.mode == mode for hold in view.holds) if view else 0)
+        for state in TARGETS:
+            target.add_metric([state], float(view is not None and view.target == state))
+        unknown = GaugeMetricFamily(
+            "interlock_weights_unknown_info",
+            "1 while not every engine has the fleet's weights: an update is under way, or has failed.",
+            value=float(view is not None and not view.weights_known),
+        )
         if view is not None:
+            version.add_metric([view.version], 1)
             term.add_metric([], view.epoch.term)
             number.add_metric([], view.epoch.number)
+        reached = GaugeMetricFamily(
+            "interlock_coordinator_connected_info",
+            "1 while the coordinator is heard.",
+            value=float(self._fleet.coordinator_connected),
+        )
+        return [members, target, holds, version, unknown, term, number, reached]
+
+    def _requests(self) -> list[Any]:
         requests = GaugeMetricFamily(
             "interlock_in_flight_requests",
             "Requests in flight by engine; waiting ones are engine=''.",
@@ -84,4 +142,24 @@ class FleetGauges:
         )
         for engine, running in self._fleet.in_flight().items():
             requests.add_metric([engine], running)
-        return [members, term, number, requests]
+        return [requests]
+
+    def _counts(self) -> list[Any]:
+        counted = self._fleet.counters
+        plain = [
+            CounterMetricFamily(name, words, value=counted.get(key, 0))
+            for key, (name, words) in PLAIN_COUNTS.items()
+        ]
+        refused = CounterMetricFamily(
+            "interlock_refused_requests", "Requests that this front did not take.", labels=["why"]
+        )
+        for why in REFUSALS:
+            refused.add_metric([why], counted.get(why, 0))
+        families = []
+        for prefix, (name, words, label) in FAMILIES.items():
+            family = CounterMetricFamily(name, words, labels=[label])
+            for key, count in sorted(counted.items()):
+                if key.startswith(prefix + "_"):
+                    family.add_metric([key.removeprefix(prefix + "_")], count)
+            families.append(family)
+        return [*plain, refused, *families]

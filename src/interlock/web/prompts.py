@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import msgspec
 
@@ -62,10 +62,10 @@ def _id_prompts(front: Front, given: list[str | int | list[int]]) -> list[Prompt
 
 
 def _all_of(kind: type[T], given: Sequence[object]) -> list[T]:
-    found = [item for item in given if isinstance(item, kind)]
-    if len(found) < len(given):
+    # Exact types: what was decoded has no others, and a prompt may have a hundred thousand ids.
+    if not set(map(type, given)) <= {kind}:
         raise invalid("prompt mixes strings, token ids and lists; send one kind.", "prompt")
-    return found
+    return cast("list[T]", given)
 
 
 def _check_length(front: Front, tokens: int) -> None:

@@ -15,6 +15,7 @@ from interlock.wire.engine_messages import Sampling
 
 COMPLETION_TOKENS_DEFAULT = 16
 """OpenAI's, for completions; a chat may fill the context."""
+CHAT_PREFIX = "chatcmpl-"
 GREEDY_BELOW = 1e-5
 """vLLM's: a temperature below it is greedy."""
 
@@ -23,6 +24,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """One HTTP request, ready for the fleet: `n` choices for each prompt, chosen from `best_of`."""
 
     id: str
+    chat: bool = False
     created_s: int
     prompts: list[Prompt]
     sampling: list[Sampling]
@@ -93,7 +95,7 @@ async def chat_job(front: Front, request: ChatRequest, engine: str | None) -> Jo
     return _job(
         front,
         request,
-        "chatcmpl-",
+        CHAT_PREFIX,
         [prompt],
         best_of=request.n or 1,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
@@ -138,6 +140,7 @@ def _job(
     include_stop = bool(request.include_stop_str_in_output)
     return Job(
         id=prefix + uuid4().hex,
+        chat=prefix == CHAT_PREFIX,
         created_s=front.host.clock.wall_ns() // 1_000_000_000,
         prompts=prompts,
         sampling=sampling,

@@ -37,11 +37,20 @@ def events(chunks: Iterable[msgspec.Struct]) -> bytes:
 class Run:
     """One job's answer, from `submit` to its last byte. Whatever happens, nothing of it runs on afterwards."""
 
-    def __init__(self, front: Front, job: Job, answer: Answer, reply: Reply, started_s: float) -> None:
+    def __init__(
+        self,
+        front: Front,
+        job: Job,
+        answer: Answer,
+        reply: Reply,
+        started_s: float,
+        choices: Choices | None = None,
+    ) -> None:
+        """`choices`: of an answer that is taken up; else they are begun here."""
         self._front, self._job, self._answer, self._reply = front, job, answer, reply
         self._started_s = started_s
         self._first_seen = False
-        self._choices = Choices(front, job)
+        self._choices = choices or Choices(front, job)
 
     async def send(self) -> None:
         """Raises `ApiError` and `InterlockError` while nothing was sent, and `Disconnected`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,7 +27,7 @@ def scheduler(**limits: Any) -> Scheduler:
 
 def request(key: str, tokens: int, order: int = 0, priority: int = 0, answer: int = 5) -> Request:
     made = work(key, [1] * tokens, max_tokens=answer)
-    made = type(made)(key=key, prompt=made.prompt, sampling=made.sampling, cache_salt="", priority=priority)
+    made = msgspec.structs.replace(made, priority=priority)
     return Request(made, Sampler(made.sampling, made.prompt, []), order)
 
 

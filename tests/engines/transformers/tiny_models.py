@@ -139,7 +139,7 @@ def prompts(lengths: tuple[int, ...] = PROMPT_LENGTHS) -> list[list[int]]:
 
 def work(key: str, prompt: list[int], **sampling: Any) -> Work:
     chosen = {"max_tokens": TOKENS, "temperature": 0.0, **sampling}
-    return Work(key=key, prompt=prompt, sampling=Sampling(**chosen), cache_salt="")
+    return Work.of(key, prompt, Sampling(**chosen), "")
 
 
 class Heard:

@@ -31,15 +31,17 @@ from interlock.host.threads import monotonic_s
 from interlock.store.client import StoreClient
 from interlock.store.keys import KeyChain, ModelSalt, variant_of
 from interlock.store.models import UnknownModelError, model_identity
+from interlock.store.told_tokens import pack_tokens
 from interlock.store.waiting import ComingWait
 from interlock.wire.identity import load_identity
+from interlock.wire.locations import as_list
 
 if TYPE_CHECKING:
     from interlock.engines.transformers.computer import Computer
     from interlock.engines.transformers.setup import TransformersConfig
 
 _log = logging.getLogger(__name__)
-_encoder = msgspec.msgpack.Encoder()
+_encoder = msgspec.msgpack.Encoder(enc_hook=as_list)
 
 
 def open_access_of(config: TransformersConfig, computer: Computer) -> bytes:
@@ -169,8 +171,14 @@ class StoreScheduler:
             return None
         keys = tracked.chain.upto(stop_block, tokens)[first:stop_block]
         parents = [tracked.chain.parent(block) for block in range(first, stop_block)]
+        size = self._block_tokens
+        told = [
+            pack_tokens(tokens[block * size : (block + 1) * size])
+            for block in range(first, stop_block)
+            if self._client.wants_tokens
+        ]
         self._sessions += 1
-        grant = self._client.start_write(f"save-{self._sessions}", 1, keys, parents)
+        grant = self._client.start_write(f"save-{self._sessions}", 1, keys, parents, tokens=told)
         if grant is None:
             self._counts["save_refused"] += 1
             return None

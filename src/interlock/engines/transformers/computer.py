@@ -86,6 +86,10 @@ class Computer:
             answers.update(self._decode(step.decode))
         return answers
 
+    def empty_forward(self) -> None:
+        """One forward of one token that belongs to nobody: what a rank without work does where others meet it in theirs."""
+        self.model.extend([0], self.model.new_cache(), 0)
+
     @property
     def model(self) -> Forward:
         if self.forward is None:

@@ -37,6 +37,7 @@ KIND = "transformers"
 STOP_SECONDS = 2.0
 FEATURES = ["logprobs", "logit_bias", "penalties", "priority", "seed"]
 T = TypeVar("T")
+Told = list[tuple[str, Progress]]
 
 
 class TransformersEngine(Engine):
@@ -59,7 +60,7 @@ class TransformersEngine(Engine):
         prepare_environment(self._config)
         asyncs = asyncio.get_running_loop()
 
-        def deliver(told: list[tuple[str, Progress]]) -> None:
+        def deliver(told: Told) -> None:
             with contextlib.suppress(RuntimeError):  # nobody is left to hear it
                 asyncs.call_soon_threadsafe(self._deliver, told)
 
@@ -70,12 +71,11 @@ class TransformersEngine(Engine):
         self._death = asyncs.create_future()
         await self._host.in_thread(_import_library)
         from interlock.engines.transformers.building import build
-        from interlock.engines.transformers.loop import Loop
         from interlock.engines.transformers.rank_processes import RankProcesses
 
         self._processes = RankProcesses(self._host, self._config, self._die)
         pipes = await self._processes.start()
-        self._loop = Loop(deliver, die)
+        self._loop = self._make_loop(deliver, die)
         started = asyncio.wrap_future(self._loop.begin(lambda: build(self._config, pipes)))
         ranks_gone = asyncio.ensure_future(asyncio.shield(self._death))
         try:
@@ -93,6 +93,11 @@ class TransformersEngine(Engine):
             started.cancel()
             ranks_gone.cancel()
         return self._capabilities()
+
+    def _make_loop(self, deliver: Callable[[Told], None], die: Callable[[str], None]) -> Any:
+        from interlock.engines.transformers.loop import Loop
+
+        return Loop(deliver, die)
 
     def _capabilities(self) -> Capabilities:
         built = self._built
@@ -195,7 +200,7 @@ class TransformersEngine(Engine):
             if not ended and not self._stopping:
                 self._loop.ask(lambda: self._loop.remove(key))
 
-    def _deliver(self, told: list[tuple[str, Progress]]) -> None:
+    def _deliver(self, told: Told) -> None:
         for key, progress in told:
             queue = self._streams.get(key)
             if queue is not None:
@@ -209,6 +214,24 @@ class TransformersEngine(Engine):
                 self._loop.tell(key, Progress([], [], "abort", 0))
 
         await self._ask(remove)
+
+    async def states(self) -> list[RequestState]:
+        def copied() -> list[RequestState]:
+            self._loop.demand_standing("copying the requests' states")
+            return [
+                RequestState(
+                    kind=KIND,
+                    model=self._weights,
+                    work=found.work,
+                    tokens=list(found.output),
+                    payload=msgspec.msgpack.encode(
+                        Moved(0, found.cached_tokens, found.sampler.dump(), found.mixed, [])
+                    ),
+                )
+                for found in self._loop.scheduler.requests
+            ]
+
+        return await self._ask(copied)
 
     async def take(self, key: str) -> RequestState:
         from interlock.engines.transformers.ranks import RankFailed
@@ -240,6 +263,11 @@ class TransformersEngine(Engine):
         return await self._ask(taken)
 
     async def put(self, state: RequestState) -> AsyncGenerator[Progress, None]:
+        async for progress in self._stream(state.work, self._put_back(state)):
+            yield progress
+
+    def _put_back(self, state: RequestState) -> Callable[[int], Any]:
+        """What makes the request again. Raises `RequestRejected`."""
         self._check(state.work)
         moved = self._moved(state)
 
@@ -250,8 +278,7 @@ class TransformersEngine(Engine):
             request.parked = (moved.computed, moved.caches) if moved.caches else None
             return request
 
-        async for progress in self._stream(state.work, make):
-            yield progress
+        return make
 
     def _moved(self, state: RequestState) -> Moved:
         """Raises `RequestRejected` for what another kind of engine, or another model, has made."""

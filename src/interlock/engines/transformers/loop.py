@@ -24,6 +24,7 @@ from interlock.engines.transformers.ranks import RankFailed, Ranks
 from interlock.engines.transformers.scheduler import Request, Scheduler, choose
 from interlock.host.threads import monotonic_s
 from interlock.wire.fleet_messages import Load as Busy
+from interlock.wire.token_ids import pack_ids
 
 Told = list[tuple[str, Progress]]
 
@@ -56,13 +57,16 @@ class Loop(AskedThread):
         self._start(lambda: self._run(build, started))
         return started
 
+    def make_scheduler(self, built: Built) -> Scheduler:
+        return Scheduler(built.limits, built.hooks.scheduler)
+
     # --- the thread ----------------------------------------------------------------------------------------------
 
     def _run(self, build: Callable[[], Built], started: Future[Built]) -> None:
         try:
             built = build()
             self._ranks, self._hooks = built.ranks, built.hooks
-            self._scheduler = Scheduler(built.limits, built.hooks.scheduler)
+            self._scheduler = self.make_scheduler(built)
         except BaseException as error:
             started.set_exception(error)
             self._gone(f"the engine did not start: {error}")
@@ -176,7 +180,7 @@ class Loop(AskedThread):
         if not whole and not (nature.continues and self._hooks.boundary is not None):
             return
         block = self.scheduler.limits.block_tokens
-        known = msgspec.structs.replace(request.work, prompt=request.known)
+        known = msgspec.structs.replace(request.work, packed_prompt=pack_ids(request.known))
         found = store.lookup(known, (len(request.known) - 1) // block)
         if isinstance(found, Coming):
             self.scheduler.postpone(request, monotonic_s() + found.again_s)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -17,14 +17,56 @@ from interlock.host.base import Child, Host
 from interlock.host.processes import PARENT_FD
 
 
+class WatchedRanks:
+    """Processes of ranks: whoever holds this hears of each exit, and ends them all with proof."""
+
+    def __init__(self, host: Host, on_exit: Callable[[int, int], None], log: str | None) -> None:
+        """`on_exit(rank, status)` is called until `end`."""
+        self._host, self._on_exit = host, on_exit
+        self._log = Path(log) if log else None
+        self.children: dict[int, Child] = {}
+        self._watches: list[asyncio.Task[None]] = []
+
+    async def spawn(
+        self, rank: int, argv: Sequence[str], *, env: Mapping[str, str], pass_fds: Sequence[int]
+    ) -> None:
+        """Raises `EngineStartError`."""
+        try:
+            child = await self._host.spawn(argv, env=env, log=self._log, pass_fds=pass_fds)
+        except OSError as error:
+            raise EngineStartError(f"rank {rank} cannot be started: {error}") from error
+        self.children[rank] = child
+        self._watches.append(asyncio.create_task(self._watch(child, rank), name=f"rank {rank}"))
+
+    async def _watch(self, child: Child, rank: int) -> None:
+        self._on_exit(rank, await child.wait())
+
+    async def wait_exited(self) -> None:
+        for child in self.children.values():
+            await child.wait()
+
+    async def end(self, seconds: float) -> list[int]:
+        """Ends them, whatever they do, and all that they started; the ranks that are not proven gone by then."""
+        for watch in self._watches:
+            watch.cancel()
+        ranks = list(self.children)
+        gone = await asyncio.gather(*(self.children[rank].end_tree(seconds) for rank in ranks))
+        return [rank for rank, proven in zip(ranks, gone, strict=True) if not proven]
+
+
 class RankProcesses:
     """Ranks 1 and up. They leave by themselves when this process is gone: their pipes end."""
 
     def __init__(self, host: Host, config: TransformersConfig, on_exit: Callable[[str], None]) -> None:
         """`on_exit` is told which rank has exited, until `end`."""
-        self._host, self._config, self._on_exit = host, config, on_exit
-        self.children: list[Child] = []
-        self._watches: list[asyncio.Task[None]] = []
+        self._host, self._config = host, config
+        self._ranks = WatchedRanks(
+            host, lambda rank, status: on_exit(f"rank {rank} has exited with status {status}"), config.log
+        )
+
+    @property
+    def children(self) -> list[Child]:
+        return list(self._ranks.children.values())
 
     async def start(self) -> list[Pipe]:
         """The pipes to them, which the caller owns. Raises `EngineStartError`."""
@@ -42,24 +84,13 @@ class RankProcesses:
             msgspec.json.encode(config).decode(),
         ]
         env = {name: value for name, value in os.environ.items() if name != PARENT_FD}
-        log = Path(self._config.log) if self._config.log else None
         try:
-            child = await self._host.spawn(argv, env=env, log=log, pass_fds=(down_read, up_write))
-        except OSError as error:
-            raise EngineStartError(f"rank {rank} cannot be started: {error}") from error
+            await self._ranks.spawn(rank, argv, env=env, pass_fds=(down_read, up_write))
         finally:
             os.close(down_read)
             os.close(up_write)
-        self.children.append(child)
-        self._watches.append(asyncio.create_task(self._watch(child, rank), name=f"rank {rank}"))
         return Pipe(up_read, down_write, self._config.collective_seconds)
-
-    async def _watch(self, child: Child, rank: int) -> None:
-        self._on_exit(f"rank {rank} has exited with status {await child.wait()}")
 
     async def end(self, seconds: float) -> None:
         """Ends them, whatever they do, and all that they started."""
-        for watch in self._watches:
-            watch.cancel()
-        for child in self.children:
-            await child.end_tree(seconds)
+        await self._ranks.end(seconds)

@@ -14,12 +14,13 @@ import contextlib
 import os
 import select
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from interlock.core.limits import LOCKSTEP_COLLECTIVE_SECONDS_MAX
 from interlock.engines.base import EngineGone, EngineStartError
 from interlock.engines.transformers.computer import Computer
 from interlock.engines.transformers.hooks import Hooks
@@ -36,7 +37,7 @@ from interlock.engines.transformers.plans import (
     decode,
     encode,
 )
-from interlock.engines.transformers.setup import TransformersConfig, load_model
+from interlock.engines.transformers.setup import ExpertGroup, TransformersConfig, load_model
 
 COMMAND_BYTES_MAX = 1 << 34
 STARTED = b"started"
@@ -80,6 +81,8 @@ def build_computer(config: TransformersConfig, rank: int) -> Computer:
     def load(path: str) -> Any:
         return load_model(config, path)
 
+    if config.expert_group is not None:
+        return _build_expert_rank(config, config.expert_group, load)
     if config.tensor_parallel == 1:
         return Computer(load, block_tokens=config.block_tokens)
     agree = _join_group(config, rank)
@@ -88,6 +91,18 @@ def build_computer(config: TransformersConfig, rank: int) -> Computer:
     except BaseException:
         leave_group()
         raise
+
+
+def _build_expert_rank(
+    config: TransformersConfig, group: ExpertGroup, load: Callable[[str], Any]
+) -> Computer:
+    """Alone with its requests, and one of several with the experts: every forward meets those of the other ranks.
+
+    The probe meets, too: all ranks ask the same model the same questions. No collective of this group has a deadline of its
+    own that counts: whoever leads the steps has one, and ends the group.
+    """
+    _init_group(Path(group.meeting), group.rank, group.ranks, LOCKSTEP_COLLECTIVE_SECONDS_MAX)
+    return Computer(load, block_tokens=config.block_tokens)
 
 
 def open_hooks(computer: Computer, access: bytes, rank: int) -> Hooks:
@@ -107,20 +122,10 @@ def meeting_file(config: TransformersConfig) -> Path:
 
 def _join_group(config: TransformersConfig, rank: int) -> Any:
     """Joins the gloo group of this engine's ranks (a file in its scratch directory is where they meet)."""
-    from datetime import timedelta
-
     import torch
     from torch import distributed
 
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(config.tensor_parallel))
-    os.environ["LOCAL_WORLD_SIZE"] = str(config.tensor_parallel)
-    distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{meeting_file(config)}",
-        rank=rank,
-        world_size=config.tensor_parallel,
-        timeout=timedelta(seconds=config.collective_seconds),
-    )
+    _init_group(meeting_file(config), rank, config.tensor_parallel, config.collective_seconds)
 
     def agree(good: int) -> int:
         least = torch.tensor([good])
@@ -128,6 +133,23 @@ def _join_group(config: TransformersConfig, rank: int) -> Any:
         return int(least)
 
     return agree
+
+
+def _init_group(meeting: Path, rank: int, ranks: int, seconds: float) -> None:
+    from datetime import timedelta
+
+    from torch import distributed
+
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks)
+    )
+    distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{meeting}",
+        rank=rank,
+        world_size=ranks,
+        timeout=timedelta(seconds=seconds),
+    )
 
 
 def leave_group() -> None:

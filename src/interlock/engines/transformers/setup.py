@@ -18,6 +18,15 @@ MODEL_TOKENS_DEFAULT = 1 << 17
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+class ExpertGroup(msgspec.Struct, frozen=True):
+    """Which of the data-parallel ranks that share a model's experts this process is (`engines/lockstep`)."""
+
+    ranks: int
+    rank: int
+    meeting: str
+    """A file, absent before the first of them starts, by which they find each other."""
+
+
 class TransformersConfig(msgspec.Struct, frozen=True, kw_only=True):
     """All that one engine of this kind is started with."""
 
@@ -30,6 +39,10 @@ class TransformersConfig(msgspec.Struct, frozen=True, kw_only=True):
     state_dir: str
     scratch_dir: str
     tensor_parallel: int = 1
+    data_parallel: int = 1
+    """Ranks that each serve requests of their own and share the experts: they meet in every step (`engines/lockstep`)."""
+    expert_group: ExpertGroup | None = None
+    """Of one such rank's own process; nobody else sets it."""
     threads: int = 1
     """Of each rank: several engines share the machine's cores."""
     dtype: str = "float32"
@@ -91,6 +104,10 @@ def load_model(config: TransformersConfig, path: str) -> Any:
         raise EngineStartError(f"{where} cannot be loaded: {_first_line(error)}") from error
     if config.tensor_parallel > 1:
         model = _shard(model, config.tensor_parallel)
+    if config.expert_group is not None:
+        from interlock.engines.lockstep.experts import spread_experts
+
+        model = spread_experts(model, config.expert_group.ranks)
     if config.device != "cpu":
         model = model.to(config.device)
     return model.eval()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from interlock.fleet.launchers.rundir import SHARED_MEMORY_SUFFIX, forget_shared_memory
+from interlock.fleet.launchers.rundir import LEAVE_FILE, SHARED_MEMORY_SUFFIX, forget_shared_memory
 from interlock.host.base import Child, Host
 from interlock.host.processes import PARENT_FD, TREE_MARK, become_subreaper, open_parent_pipe
 
@@ -63,6 +63,11 @@ class LocalLauncher:
         if gone:
             forget_shared_memory(self._run_dir / f"{part.name}{SHARED_MEMORY_SUFFIX}")
         return gone
+
+    @property
+    def told_to_leave(self) -> bool:
+        """Somebody with access to the run directory asks for the end of a stopped fleet."""
+        return (self._run_dir / LEAVE_FILE).exists()
 
     def last_words(self, name: str) -> str:
         """What the operator should read when this part has died: its own sentence, else the end of its log."""

@@ -22,6 +22,7 @@ from interlock.host.sweep import FileLock, end_marked, remove_shared_memory
 SWEEP_SECONDS_MAX = 10.0
 MARK_FILE = "mark"
 CHILDREN_FILE = "children"
+LEAVE_FILE = "leave"
 SHARED_MEMORY_SUFFIX = ".shm"
 NAMES_BYTES_MAX = 1 << 16
 
@@ -43,6 +44,11 @@ def coordinator_address(port: int, base: Path | None = None) -> str:
     return f"unix:{(base or base_folder()) / str(port) / 'coordinator.sock'}"
 
 
+def leave_file(port: int, base: Path | None = None) -> Path:
+    """Whoever may write it tells the supervisor of a stopped fleet to end the rest, too."""
+    return (base or base_folder()) / str(port) / LEAVE_FILE
+
+
 class RunDir:
     """One fleet's directory; made by `claim`, ended by `remove`."""
 
@@ -61,7 +67,7 @@ class RunDir:
         lock = FileLock.take(base / f"{port}.lock")
         if lock is None:
             raise RunDirBusy(
-                f"a fleet of yours already runs on port {port}; stop it with `interlock ctl stop --port {port}`, "
+                f"a fleet of yours already runs on port {port}; end it with `interlock ctl stop --end --port {port}`, "
                 "or choose another --port"
             )
         run = cls(base / str(port), lock)

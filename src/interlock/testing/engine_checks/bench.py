@@ -140,7 +140,7 @@ class Bench:
     def work(self, prompt: list[int], sampling: Sampling | int, salt: str = "check:0") -> Work:
         self._works += 1
         chosen = self.greedy(sampling) if isinstance(sampling, int) else sampling
-        return Work(key=f"check-{id(self):x}-{self._works}", prompt=prompt, sampling=chosen, cache_salt=salt)
+        return Work.of(f"check-{id(self):x}-{self._works}", prompt, chosen, salt)
 
     def read(self, prompt: list[int], sampling: Sampling | int, salt: str = "check:0") -> Reader:
         work = self.work(prompt, sampling, salt)

@@ -208,7 +208,7 @@ async def a_key_is_free_again_when_its_request_has_ended(bench: Bench) -> None:
     """Nothing of an ended request is left under its key (a put goes by it)."""
     work = bench.work(bench.prompt(24), 3)
     first = [step async for step in bench.engine.generate(work)]
-    again = Work(key=work.key, prompt=work.prompt, sampling=work.sampling, cache_salt=work.cache_salt)
+    again = Work.of(work.key, work.prompt, work.sampling, work.cache_salt)
     second = [step async for step in bench.engine.generate(again)]
     tokens = [[token for step in steps for token in step.tokens] for steps in (first, second)]
     bench.check(tokens[0] == tokens[1], f"a key used again made {tokens[1]}, not {tokens[0]}")
