@@ -53,7 +53,7 @@ def saved(
             probe = rig.Probe(store, engine.connector.shape.layout)
             probe.wait_stored(engine.keys(prompt))
             cuts = [location.cuts for location in probe.stored(engine.keys(prompt))]
-            assert cuts == [[2] if pipeline == 2 else []] * rig.FULL_BLOCKS
+            assert cuts == [(2,) if pipeline == 2 else ()] * rig.FULL_BLOCKS
             probe.close()
 
 
