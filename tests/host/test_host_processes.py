@@ -64,6 +64,34 @@ time.sleep(600)
 """
 
 
+HEADLESS = """
+# Its first thread has ended, which /proc shows as a zombie, while another one runs on.
+import ctypes, platform, threading
+def run_on():
+    while open(f"/proc/{os.getpid()}/stat").read().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.001)
+    os.write(SAY, f"{os.getpid()}\\n".encode())
+    time.sleep(600)
+if "orphan" in sys.argv and os.fork() != 0:
+    os._exit(0)
+if "orphan" in sys.argv:
+    os.setsid()
+threading.Thread(target=run_on).start()
+ctypes.CDLL(None).syscall({"x86_64": 60, "aarch64": 93}[platform.machine()], 0)
+"""
+
+
+@pytest.mark.parametrize("how", [[], ["orphan", "leave"]], ids="-".join)
+async def test_end_tree_ends_a_process_whose_first_thread_has_ended(children: Any, how: list[str]) -> None:
+    child, said = await children.start(HEADLESS, *how)
+    headless = int(await children.line(said))
+    watch = children.host.watch(headless)
+    assert not watch.exited
+    assert await child.end_tree(10)
+    assert watch.exited
+    watch.close()
+
+
 @pytest.mark.parametrize("how", [[], ["orphan"], ["orphan", "leave"]], ids="-".join)
 async def test_end_tree_ends_a_grandchild_that_called_setsid(children: Any, how: list[str]) -> None:
     child, said = await children.start(DAEMON, *how)
@@ -124,9 +152,10 @@ asyncio.run(main())
 """
 
 
-def test_a_subreaper_adopts_orphans_and_leaves_no_zombie_of_them() -> None:
+@pytest.mark.parametrize("program", [DAEMON, HEADLESS], ids=["daemon", "headless"])
+def test_a_subreaper_adopts_orphans_and_leaves_no_zombie_of_them(program: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", SUBREAPER, DAEMON], capture_output=True, text=True, timeout=40, check=False
+        [sys.executable, "-c", SUBREAPER, program], capture_output=True, text=True, timeout=40, check=False
     )
     assert done.stdout.split(maxsplit=2) == ["True", "True", "[]\n"], done.stderr
 

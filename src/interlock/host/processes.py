@@ -53,14 +53,50 @@ def list_processes() -> list[Entry]:
 
 def _marks(pid: int) -> list[str]:
     """The path of marks that `pid` was started with; empty when it cannot be told (gone, zombie, another user's)."""
-    try:
-        environment = Path(f"/proc/{pid}/environ").read_bytes()
-    except OSError:
-        return []
-    for variable in environment.split(b"\0"):
+    for variable in _environment(pid).split(b"\0"):
         if variable.startswith(TREE_MARK.encode() + b"="):
             return variable.partition(b"=")[2].decode(errors="replace").split("/")
     return []
+
+
+def _environment(pid: int) -> bytes:
+    """Each thread can tell it; once the first one has ended, whose file has the process's name, only the others can."""
+    with contextlib.suppress(OSError):
+        if environment := Path(f"/proc/{pid}/environ").read_bytes():
+            return environment
+    with contextlib.suppress(OSError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError):
+                if environment := Path(f"/proc/{pid}/task/{thread}/environ").read_bytes():
+                    return environment
+    return b""
+
+
+def watch_living(entries: Sequence[Entry]) -> list[ProcessWatch]:
+    """A watch, for the caller to close, of each process that has not exited whole.
+
+    The state alone does not tell: a process whose first thread has ended is shown as a zombie, and cannot be reaped, for
+    as long as another of its threads lives, be it only to die of the same SIGKILL.
+    """
+    living = []
+    for entry in entries:
+        with contextlib.suppress(ProcessLookupError):
+            watch = ProcessWatch.of(entry.pid)
+            if watch.exited:
+                watch.close()
+            else:
+                living.append(watch)
+    return living
+
+
+async def all_exited(watches: Sequence[ProcessWatch]) -> None:
+    """Waits for the exit of each, and closes the watches in any case."""
+    try:
+        for watch in watches:
+            await watch.wait_exited()
+    finally:
+        for watch in watches:
+            watch.close()
 
 
 def find_tree(root: int, mark: str) -> list[Entry]:
@@ -128,41 +164,26 @@ class RealChild:
         try:
             async with asyncio.timeout(timeout_s):
                 while living := self._kill_all():
-                    await self._all_exited(living)
+                    await all_exited(living)
                 return True
         except TimeoutError:
             return False
 
     def _kill_all(self) -> list[ProcessWatch]:
-        """One round: reaps what is dead, kills what lives, and says what that was. Empty: the tree is proven gone."""
-        living = []
-        for entry in find_tree(self.pid, self._mark):
-            if entry.state in "ZX":
-                self._reap_one(entry)
-                continue
-            with contextlib.suppress(ProcessLookupError):
-                watch = ProcessWatch.of(entry.pid)
-                watch.kill()
-                living.append(watch)
+        """One round: kills what lives, and says what that was. Empty: the tree is proven gone, and reaped."""
+        entries = find_tree(self.pid, self._mark)
+        living = watch_living(entries)
+        for watch in living:
+            watch.kill()
         if not living:
+            for entry in entries:
+                if entry.pid != self.pid and entry.parent == os.getpid():
+                    _reap(entry.pid)
             if self._status is None:
                 self._look()
             self._reap()
             reap_orphans()
         return living
-
-    def _reap_one(self, entry: Entry) -> None:
-        # Ours to reap only when it was adopted; another zombie is its living parent's, which dies in this round too.
-        if entry.pid != self.pid and entry.parent == os.getpid():
-            _reap(entry.pid)
-
-    async def _all_exited(self, watches: list[ProcessWatch]) -> None:
-        try:
-            for watch in watches:
-                await watch.wait_exited()
-        finally:
-            for watch in watches:
-                watch.close()
 
 
 def spawn_child(

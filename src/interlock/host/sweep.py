@@ -20,12 +20,12 @@ from pathlib import Path
 from interlock.host.processes import (
     PARENT_FD,
     TREE_MARK,
-    Entry,
+    all_exited,
     find_tree,
     list_processes,
     reap_orphans,
+    watch_living,
 )
-from interlock.host.watch import ProcessWatch
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where the kernel shows it, not a place for files
 _MAPPED = re.compile(rb"^\S+ \S+ \S+ \S+ (\d+)\s+/dev/shm/", re.MULTILINE)
@@ -95,28 +95,14 @@ async def end_marked(mark: str, timeout_s: float) -> bool:
     """SIGKILL to every process that carries `mark`, but this one, and to its descendants. True when proven gone."""
     try:
         async with asyncio.timeout(timeout_s):
-            while living := [e for e in find_tree(-1, mark) if e.state not in "ZX"]:
-                await _kill(living)
-                reap_orphans()
+            while living := watch_living(find_tree(-1, mark)):
+                for watch in living:
+                    watch.kill()
+                await all_exited(living)
             reap_orphans()
             return True
     except TimeoutError:
         return False
-
-
-async def _kill(entries: list[Entry]) -> None:
-    watches = []
-    for entry in entries:
-        with contextlib.suppress(ProcessLookupError):
-            watches.append(ProcessWatch.of(entry.pid))
-    try:
-        for watch in watches:
-            watch.kill()
-        for watch in watches:
-            await watch.wait_exited()
-    finally:
-        for watch in watches:
-            watch.close()
 
 
 def descendants(pid: int) -> set[int]:
