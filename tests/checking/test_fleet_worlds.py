@@ -8,10 +8,10 @@ import pytest
 from interlock.checking.explorer import Result, World, explore
 from interlock.checking.lifecycle_world import Lifecycle
 from interlock.checking.lockstep_world import Lockstep
-from interlock.checking.worlds.lifecycle import A_PAUSES, A_UNPAUSES, A_UPDATES, B_ABORTS, B_BREAKS
+from interlock.checking.worlds.lifecycle import A_PAUSES, A_UNPAUSES, A_UPDATES, B_ABORTS, B_BREAKS, B_STOPS
 from interlock.core import commands, lifecycle, lockstep, lockstep_leader
-from interlock.core.fleet_state import Commanded, FleetState, Heard, Remembered, TellMembers
-from interlock.core.lifecycle import MemberState, TargetHeard
+from interlock.core.fleet_state import Commanded, FleetState, Heard, Phase, Remembered, TellMembers
+from interlock.core.lifecycle import MemberState, StepFailed, TargetHeard
 from interlock.core.lockstep import Grant, RankReport, RankState
 from interlock.core.lockstep_leader import GroupState, RankLost
 from interlock.core.targets import Command, State, Step, Target
@@ -65,6 +65,17 @@ def test_without_taking_the_strictest_target_that_members_remember_a_promised_pa
     assert "a pause that its owner was promised is not released" in violation(world)
 
 
+def test_a_coordinator_that_late_members_cannot_teach_their_weights_sends_them_back_to_old_ones() -> None:
+    def learns_no_weights(fleet: FleetState, event: Any) -> Any:
+        if isinstance(event, Heard) and event.target is not None and fleet.phase is Phase.LEADING:
+            event = msgspec.structs.replace(event, target=_at(event.target, fleet.version))
+        return commands.transition(fleet, event)
+
+    faults: dict[str, Any] = {"engines": 1, "joiners": 1, "freezes": 1, "restarts": "without state"}
+    world = Lifecycle(A_UPDATES, before=(A_PAUSES,), fleet_transition=learns_no_weights, **faults)
+    assert "tells of weights v2, with which the fleet stood, and its coordinator wants v1" in violation(world)
+
+
 def test_an_unpause_that_runs_the_fleet_whatever_holds_remain_breaks_a_promise() -> None:
     def runs(fleet: FleetState, event: Any) -> Any:
         after, effects = commands.transition(fleet, event)
@@ -95,6 +106,18 @@ def test_a_member_that_runs_with_the_weights_it_has_is_seen() -> None:
 
 def _at(target: Target, version: str | None) -> Target:
     return msgspec.structs.replace(target, version=version or target.version)
+
+
+def test_a_member_that_a_failed_update_keeps_from_being_stopped_is_seen() -> None:
+    """Found by the simulator (seed 32): STOP crosses an update that fails, and nobody may ask for STOP a second time."""
+
+    def stands(core: MemberState, event: Any) -> Any:
+        if isinstance(event, StepFailed) and core.state is State.UPDATING and event.attempt == core.attempt:
+            return msgspec.structs.replace(core, state=State.PAUSED, version=None, failed=event.why), ()
+        return lifecycle.transition(core, event)
+
+    world = Lifecycle(A_UPDATES, B_STOPS, before=(A_PAUSES,), failures=1, engines=1, member_transition=stands)
+    assert violation(world).startswith("stuck")
 
 
 def test_a_front_whose_memory_nobody_asks_for_waits_for_ever_when_the_clock_stepped_back() -> None:

@@ -59,8 +59,9 @@ def test_an_illegal_command_names_state_command_and_remedy_and_changes_nothing(
     with pytest.raises(CommandRefused) as refused:
         transition(fleet, Commanded(command, "a", version="v2"))
     assert isinstance(refused.value, ProtocolError)
-    for word in (command, state, INSTEAD[command, state], str(fleet.epoch)):
+    for word in (command, state, INSTEAD[command, state], f"at epoch {fleet.epoch.number}:"):
         assert word in str(refused.value)
+    assert refused.value.fields["epoch"] == fleet.epoch
     assert refused.value.fields["command"] is command
     assert refused.value.fields["state"] is state
 

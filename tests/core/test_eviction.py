@@ -222,6 +222,48 @@ def test_a_hot_prefix_touched_for_ever_keeps_the_heaps_bounded() -> None:
     assert arc.victim() == keys[-1]
 
 
+def test_a_sweep_of_one_side_takes_nothing_of_the_other_in() -> None:
+    arc = LeafARC()
+    for number in range(2):
+        arc.add(key(number))
+    for _ in range(3 * eviction._STALE_ENTRIES_MIN):
+        arc.touch(key(1))
+        arc.check_integrity()
+    assert arc.victim() == key(0)
+
+
+def test_an_order_is_sound_at_either_end_of_its_share_and_says_when_it_is_not() -> None:
+    arc = LeafARC()
+    arc.add(key(1))
+    for share in (0.0, 1.0):
+        arc.once_share = share
+        arc.check_integrity()
+    for wrong in (-0.1, 1.1):
+        arc.once_share = wrong
+        with pytest.raises(AssertionError):
+            arc.check_integrity()
+    arc.once_share = 0.5
+    arc._holds[key(1)] = 0
+    with pytest.raises(AssertionError):
+        arc.check_integrity()
+
+
+def test_as_many_evicted_keys_are_remembered_as_there_are_blocks_and_a_few_and_of_the_side_that_has_more() -> (
+    None
+):
+    arc, few = LeafARC(), eviction._STALE_ENTRIES_MIN
+    for number in range(3 * few):
+        arc.add(key(number))
+        if number % 2:
+            arc.touch(key(number))
+    for number in range(2 * few):
+        arc.evict(key(number))
+        once, again = map(len, arc._ghosts)
+        assert once + again == min(number + 1, len(arc) + few)
+        assert abs(once - again) <= 1
+    assert len(arc) + few == once + again == 2 * few
+
+
 def test_using_a_child_was_using_its_parents_also_when_the_child_is_gone() -> None:
     arc = LeafARC()
     chain = [key(n) for n in range(3)]

@@ -110,14 +110,23 @@ def test_a_rank_that_writes_nothing_is_not_waited_for_and_reports_nothing() -> N
     assert told(Report(NAME, 1, ()), join=join)[1] == []
 
 
-def test_checksums_come_out_in_head_order_and_only_for_good_blocks() -> None:
-    swapped = msgspec.structs.replace(OPEN, shards=TWO[::-1])
+@pytest.mark.parametrize(("shards", "first"), [(TWO, 10), (TWO[::-1], 20)], ids=["in order", "swapped"])
+def test_checksums_come_out_in_head_order_and_only_for_good_blocks(
+    shards: tuple[Shard, ...], first: int
+) -> None:
     _, heard = told(
-        swapped,
-        report(0, True, True, checksums=sums((20,), (21,))),
-        report(1, True, False, checksums=sums((10,), ())),
+        msgspec.structs.replace(OPEN, shards=shards),
+        report(0, True, True, checksums=sums((first,), (first + 1,))),
+        report(1, True, False, checksums=sums((30 - first,), ())),
     )
     assert heard == [Completed(NAME, (True, False), sums((10, 20), ()))]
+
+
+def test_a_rank_that_writes_nothing_cuts_no_layer_group_wherever_its_rectangle_lies() -> None:
+    """It has layers in the middle, and no head of them."""
+    opened = Open(NAME, 1, (Shard(0, 4, 0, 2), Shard(1, 3, 0, 0)), layers=4, heads=2, deadline_s=1.0)
+    _, heard = told(opened, Report(NAME, 0, (True,), sums((1, 2))))
+    assert heard == [Completed(NAME, (True,), sums((1, 2)))]
 
 
 def test_checksums_of_layer_groups_come_out_layer_by_layer() -> None:
@@ -141,6 +150,9 @@ def test_a_rank_that_sums_up_too_few_layer_groups_is_refused_and_told() -> None:
         RemoteProtocolError, match="2 checksums for block 0, and it has 2 heads of it in 2 layer groups"
     ):
         told(opened, Report(NAME, 0, (True,), sums((1, 2))))
+    whole = msgspec.structs.replace(opened, cuts=())
+    with pytest.raises(RemoteProtocolError, match=r"1 checksums for block 0, and it has 2 heads of it$"):
+        told(whole, Report(NAME, 0, (True,), sums((1,))))
 
 
 @pytest.mark.parametrize("cuts", [(0,), (4,), (-1,)])
@@ -256,7 +268,8 @@ def test_opening_stops_the_clock_of_an_early_join() -> None:
 # --- what is refused ---------------------------------------------------------------------------------------------
 
 
-def refused(join: Join, event: Event, error: type[ProtocolError], match: str) -> None:
+def check_refused(join: Join, event: Event, error: type[ProtocolError], match: str) -> None:
+    """Raises `error` with these words, and changes nothing."""
     before = msgspec.to_builtins(join)
     with pytest.raises(error, match=match):
         transition(join, event)
@@ -277,7 +290,7 @@ def test_an_impossible_report_is_refused_naming_both_and_the_join_completes_all_
     event: Report, match: str
 ) -> None:
     join, _ = told(OPEN)
-    refused(join, event, RemoteProtocolError, match)
+    check_refused(join, event, RemoteProtocolError, match)
     assert told(report(0), report(1), join=join)[1] == [Completed(NAME, WELL, ())]
 
 
@@ -286,7 +299,7 @@ def test_an_impossible_report_is_refused_naming_both_and_the_join_completes_all_
     [Report(NAME, RANKS_MAX, (True,)), Report(NAME, 0, (True,) * (BLOCKS_PER_CALL_MAX + 1)), report(-1)],
 )
 def test_an_early_report_beyond_all_limits_is_refused(event: Report) -> None:
-    refused(Join(NAME), event, RemoteProtocolError, "outside the limits")
+    check_refused(Join(NAME), event, RemoteProtocolError, "outside the limits")
 
 
 def test_what_lies_exactly_at_the_limits_is_accepted() -> None:
@@ -313,14 +326,14 @@ def test_an_open_that_no_reports_could_satisfy_is_refused(
     changes: dict[str, object], match: str, aborted: bool
 ) -> None:
     join = told(Abort(NAME))[0] if aborted else Join(NAME)
-    refused(join, msgspec.structs.replace(OPEN, **changes), LocalProtocolError, match)
+    check_refused(join, msgspec.structs.replace(OPEN, **changes), LocalProtocolError, match)
 
 
 @pytest.mark.parametrize("phase", [Phase.OPEN, Phase.COMPLETED, Phase.FAILED])
 def test_another_open_of_the_same_name_is_refused_and_the_same_open_changes_nothing(phase: Phase) -> None:
     join = in_phase(phase)
     assert transition(join, OPEN) == (join, ())
-    refused(
+    check_refused(
         join,
         msgspec.structs.replace(OPEN, blocks=1),
         LocalProtocolError,
@@ -329,8 +342,8 @@ def test_another_open_of_the_same_name_is_refused_and_the_same_open_changes_noth
 
 
 def test_the_loss_of_a_rank_outside_the_group_is_refused() -> None:
-    refused(in_phase(Phase.OPEN), RankLost(NAME, 2), LocalProtocolError, "ranks 0 to 1")
-    refused(in_phase(Phase.OPEN), RankLost(NAME, -1), LocalProtocolError, "ranks 0 to 1")
+    check_refused(in_phase(Phase.OPEN), RankLost(NAME, 2), LocalProtocolError, "ranks 0 to 1")
+    check_refused(in_phase(Phase.OPEN), RankLost(NAME, -1), LocalProtocolError, "ranks 0 to 1")
 
 
 @pytest.mark.parametrize("phase", list(Phase))
@@ -342,8 +355,8 @@ def test_an_event_of_another_join_or_of_no_join_is_refused_in_every_state(phase:
         RankLost(other, 0),
         Abort(other),
     ):
-        refused(join, event, LocalProtocolError, "it is meant for join engine-0/7#2")
-    refused(join, "Open", LocalProtocolError, "str is not possible")  # type: ignore[arg-type]
+        check_refused(join, event, LocalProtocolError, "it is meant for join engine-0/7#2")
+    check_refused(join, "Open", LocalProtocolError, "str is not possible")  # type: ignore[arg-type]
 
 
 def test_every_row_of_the_table_leads_where_it_says() -> None:

@@ -18,6 +18,7 @@ from interlock.core.lifecycle import (
     StepFailed,
     StepFinished,
     TargetHeard,
+    TryAgain,
     admission,
     transition,
 )
@@ -226,6 +227,109 @@ def test_the_origin_of_a_pause_begun_twice_is_where_the_first_began() -> None:
     member, begin = under_way(member, target(State.PAUSED, 3, mode=Mode.ABORT))
     back, _ = transition(member, StepFailed(begin.attempt, "busy", unchanged=True))
     assert (back.state, back.mode) == (State.RUNNING, None)
+
+
+@pytest.mark.parametrize("version", ["v2", "v3"])
+def test_an_update_that_fails_says_nothing_of_the_one_that_was_asked_for_meanwhile(version: str) -> None:
+    """Found by seed 32: two trainers update at once, and the second was told the first one's failure as its own."""
+    member, begin = under_way(standing(State.PAUSED), target(State.PAUSED, 2, version="v2"))
+    member, effects = transition(member, TargetHeard(target(State.PAUSED, 3, version=version)))
+    assert begun(effects) is None
+    member, effects = transition(member, StepFailed(begin.attempt, "v2 is torn"))
+    assert (member.failed, member.version) == (None, None)
+    again = begun(effects)
+    assert again is not None
+    assert (again.step, again.version) == (Step.UPDATE, version)
+    assert transition(member, StepFailed(again.attempt, "torn, too"))[0].failed == "torn, too"
+
+
+def test_a_pause_that_fails_is_tried_once_more_for_who_asked_meanwhile() -> None:
+    member, begin = under_way(standing(State.RUNNING), target(State.PAUSED, 2))
+    member, _ = transition(member, TargetHeard(target(State.PAUSED, 3)))
+    member, effects = transition(member, StepFailed(begin.attempt, "busy", unchanged=True))
+    again = begun(effects)
+    assert again is not None
+    assert again.step is Step.PAUSE
+    back, effects = transition(member, StepFailed(again.attempt, "busy", unchanged=True))
+    assert (back.state, back.failed, effects) == (State.RUNNING, "busy", (Report(),))
+
+
+@pytest.mark.parametrize("unchanged", [False, True])
+@pytest.mark.parametrize(
+    ("start", "to", "version", "begun_for_it"),
+    [
+        (State.RUNNING, State.STOPPED, "v1", True),
+        (State.RUNNING, State.PAUSED, "v1", False),
+        (State.PAUSED, State.PAUSED, "v2", False),
+        (State.PAUSED, State.SUSPENDED, "v1", False),
+        (State.PAUSED, State.RUNNING, "v1", False),
+        (State.SUSPENDED, State.PAUSED, "v1", False),
+    ],
+)
+def test_no_step_that_fails_keeps_a_member_from_being_stopped(
+    start: State, to: State, version: str, begun_for_it: bool, unchanged: bool
+) -> None:
+    """Found by seed 32: a STOP crossed an update that failed, and that engine stood PAUSED for ever; STOP is not legal twice."""
+    member, begin = under_way(standing(start), target(to, 2, version=version))
+    if not begun_for_it:
+        member, effects = transition(member, TargetHeard(target(State.STOPPED, 3)))
+        assert begun(effects) is None
+    member, effects = transition(member, StepFailed(begin.attempt, "it broke", unchanged))
+    member, steps = walk(member, effects)
+    assert steps == [Step.STOP]
+    assert (member.state, member.standing, member.failed) == (State.STOPPED, member.epoch, None)
+
+
+def waiting() -> tuple[MemberState, Begin]:
+    """An UNPAUSE failed, and its cause may pass."""
+    member, begin = under_way(standing(State.PAUSED), target(State.RUNNING, 2))
+    member, effects = transition(member, StepFailed(begin.attempt, "full", unchanged=True, may_pass=True))
+    assert (member.state, member.failed, member.waits, effects) == (State.PAUSED, "full", True, (Report(),))
+    return member, begin
+
+
+def test_a_step_whose_cause_may_pass_is_begun_anew_when_the_driver_has_waited() -> None:
+    member, begin = waiting()
+    assert member.standing is None
+    again, effects = transition(member, TryAgain(begin.attempt))
+    second = begun(effects)
+    assert second is not None
+    assert (second.step, second.attempt) == (Step.UNPAUSE, begin.attempt + 1)
+    assert (again.failed, again.waits) == (None, False)
+    assert transition(again, TryAgain(begin.attempt)) == (again, ()), "once"
+    failed, _ = transition(again, StepFailed(second.attempt, "torn", unchanged=True))
+    assert (failed.failed, failed.waits) == ("torn", False)
+    done, _ = transition(again, StepFinished(second.attempt, "v1"))
+    assert done.standing == Epoch(1, 2)
+
+
+@pytest.mark.parametrize(("unchanged", "may_pass"), [(True, False), (False, False), (False, True)])
+def test_a_step_that_changed_something_or_fails_for_good_is_not_tried_again(
+    unchanged: bool, may_pass: bool
+) -> None:
+    member, begin = under_way(standing(State.PAUSED), target(State.PAUSED, 2, version="v2"))
+    member, _ = transition(member, StepFailed(begin.attempt, "torn", unchanged, may_pass))
+    assert not member.waits
+    assert transition(member, TryAgain(begin.attempt)) == (member, ())
+
+
+@pytest.mark.parametrize("state", [State.PAUSED, State.RUNNING, State.STOPPED])
+def test_a_wait_is_over_with_the_next_target(state: State) -> None:
+    member, begin = waiting()
+    after, effects = transition(member, TargetHeard(target(state, 3)))
+    assert (after.failed, after.waits) == (None, False)
+    assert transition(after, TryAgain(begin.attempt)) == (after, ())
+    end, _ = walk(after, effects)
+    assert end.standing == Epoch(1, 3)
+
+
+def test_a_step_that_failed_for_a_lower_epoch_waits_for_nothing() -> None:
+    member, begin = under_way(standing(State.PAUSED), target(State.RUNNING, 2))
+    member, _ = transition(member, TargetHeard(target(State.SUSPENDED, 3)))
+    member, effects = transition(member, StepFailed(begin.attempt, "full", unchanged=True, may_pass=True))
+    assert (member.failed, member.waits) == (None, False)
+    _, steps = walk(member, effects)
+    assert steps == [Step.SUSPEND]
 
 
 def test_a_start_or_a_stop_that_failed_leaves() -> None:

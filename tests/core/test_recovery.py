@@ -13,6 +13,7 @@ from interlock.core.fleet_state import (
     Persist,
     Phase,
     Remembered,
+    Settled,
     StepDown,
     TellMembers,
     Tick,
@@ -20,7 +21,7 @@ from interlock.core.fleet_state import (
 from interlock.core.identity import Epoch
 from interlock.core.limits import HOLDS_MAX
 from interlock.core.recovery import restarted
-from interlock.core.targets import Command, Hold, Mode, State, Target
+from interlock.core.targets import Command, Hold, KeptCache, Mode, State, Target
 
 HOLD = Hold("trainer", Mode.ABORT, 12.0)
 
@@ -39,7 +40,7 @@ def recovering(*names: str, term: int = 7) -> FleetState:
 def hear(
     fleet: FleetState, member: str, target: Target | None, version: str | None = "v1"
 ) -> tuple[FleetState, tuple[FleetEffect, ...]]:
-    return transition(fleet, Heard(member, target, version))
+    return transition(fleet, Heard(member, 1, State.PAUSED, target, version))
 
 
 # --- with its state ------------------------------------------------------------------------------------------------------
@@ -102,8 +103,8 @@ def test_it_leads_at_its_deadline_and_still_awaits_who_was_not_heard() -> None:
 
 def test_who_is_excused_is_not_awaited() -> None:
     fleet, _ = hear(recovering("e0", "e1"), "e0", told(State.RUNNING, 5, 1))
-    assert transition(fleet, Excused("stranger")) == (fleet, ())
-    fleet, effects = transition(fleet, Excused("e1"))
+    assert transition(fleet, Excused("stranger", 1)) == (fleet, ())
+    fleet, effects = transition(fleet, Excused("e1", 1))
     assert fleet.phase is Phase.LEADING
     assert isinstance(effects[0], Persist)
 
@@ -176,12 +177,128 @@ def test_a_member_that_turns_up_with_an_unknown_epoch_makes_the_target_stricter(
 
 def test_it_never_makes_the_target_laxer() -> None:
     fleet = lead(told(State.SUSPENDED, 5, 1, HOLD))
-    assert hear(fleet, "e9", told(State.RUNNING, 5, 2)) == (fleet, ())
+    after, effects = hear(fleet, "e9", told(State.RUNNING, 5, 2))
+    assert (after.target, after.basis, effects) == (fleet.target, Epoch(5, 2), (Persist(),))
+    assert hear(after, "e9", told(State.RUNNING, 5, 2)) == (after, ())
 
 
-def test_other_weights_remembered_make_the_version_unknown() -> None:
-    after, _ = hear(lead(told(State.RUNNING, 5, 1)), "e9", told(State.PAUSED, 5, 2, HOLD, version="v2"))
-    assert not after.version_known
+# --- the weights that somebody remembers late ----------------------------------------------------------------------------
+
+
+def newer(state: State, *holds: Hold) -> Target:
+    return Target(Epoch(5, 2), state, Mode.KEEP, "v2", holds, "/weights/v2", KeptCache.KEEP)
+
+
+def test_a_member_that_comes_late_teaches_its_newer_weights_and_nobody_goes_back() -> None:
+    """New lives of all others have reported, the one that knows of the update comes after the deadline."""
+    fleet, _ = hear(recovering("e0", "e1"), "e0", None, "v0")
+    fleet, _ = transition(fleet, Tick(10.0))
+    assert (fleet.state, fleet.version) == (State.RUNNING, "v0")
+    after, effects = hear(fleet, "e1", newer(State.RUNNING), "v2")
+    assert (after.state, after.version, after.weights, after.kv) == (
+        State.RUNNING,
+        "v2",
+        "/weights/v2",
+        KeptCache.KEEP,
+    )
+    assert after.version_known
+    assert effects == (Persist(), TellMembers(after.target))
+    assert after.epoch > fleet.epoch
+
+
+def test_a_front_that_speaks_late_teaches_the_weights_too() -> None:
+    fleet, _ = transition(recovering("e0"), Tick(10.0))
+    after, _ = transition(fleet, Remembered(newer(State.RUNNING)))
+    assert (after.version, after.weights) == ("v2", "/weights/v2")
+
+
+@pytest.mark.parametrize("has", ["v2", None])
+def test_other_weights_remembered_in_a_pause_are_taken_and_unknown_until_all_stand(has: str | None) -> None:
+    after, _ = hear(lead(told(State.RUNNING, 5, 1)), "e9", newer(State.PAUSED, HOLD), has)
+    assert (after.version, after.version_known) == ("v2", False)
+    settled, _ = transition(after, Settled(after.epoch, ok=True))
+    assert settled.version_known
+
+
+def test_a_member_whose_update_was_interrupted_makes_the_weights_unknown() -> None:
+    fleet = lead(told(State.PAUSED, 5, 1, HOLD))
+    after, _ = hear(fleet, "e9", told(State.PAUSED, 5, 2, HOLD), None)
+    assert (after.version, after.version_known) == ("v1", False)
+
+
+@pytest.mark.parametrize("command", [Command.UPDATE, Command.START])
+def test_weights_that_a_command_of_this_life_named_are_kept(command: Command) -> None:
+    state = State.PAUSED if command is Command.UPDATE else State.STOPPED
+    fleet, _ = transition(lead(told(state, 5, 1, HOLD)), Commanded(command, "a", version="v9", weights="/v9"))
+    after, _ = hear(fleet, "e9", newer(State.RUNNING), "v2")
+    assert (after.version, after.weights, after.version_known) == ("v9", "/v9", command is Command.START)
+
+
+def test_a_start_that_names_no_weights_names_none_that_count() -> None:
+    fleet, _ = transition(lead(told(State.STOPPED, 5, 1)), Commanded(Command.START, "a"))
+    assert hear(fleet, "e9", newer(State.RUNNING), "v2")[0].version == "v2"
+
+
+def test_a_hold_that_was_remembered_late_and_released_does_not_come_back_when_it_is_repeated() -> None:
+    fleet, _ = hear(lead(told(State.RUNNING, 5, 1)), "e9", told(State.PAUSED, 5, 2, HOLD))
+    fleet, _ = transition(fleet, Commanded(Command.UNPAUSE, "trainer"))
+    assert fleet.state is State.RUNNING
+    assert hear(fleet, "e9", told(State.PAUSED, 5, 2, HOLD)) == (fleet, ())
+    assert transition(fleet, Remembered(told(State.PAUSED, 5, 2, HOLD))) == (fleet, ())
+
+
+# --- START awaits new lives ----------------------------------------------------------------------------------------------
+
+
+def started(*before: tuple[str, int]) -> FleetState:
+    ask = Commanded(Command.START, "a", expected=frozenset({"e0", "e1"}), before=frozenset(before))
+    fleet, _ = transition(lead(told(State.STOPPED, 5, 1)), ask)
+    assert fleet.awaited == {"e0", "e1"}
+    return fleet
+
+
+def word(state: State, life: int, target: Target | None) -> Heard:
+    return Heard("e0", life, state, target, "v1")
+
+
+@pytest.mark.parametrize("restarted_within", ["", "with its state", "deposed"])
+def test_neither_the_end_nor_the_last_words_of_the_life_before_excuse_whom_start_has_launched(
+    restarted_within: str,
+) -> None:
+    fleet = started(("e0", 7))
+    start = fleet.target
+    if restarted_within == "deposed":
+        fleet, _ = transition(fleet, Remembered(told(State.RUNNING, 90, 1)))
+        assert fleet.phase is Phase.DEPOSED
+    if restarted_within:
+        kept = msgspec.json.decode(msgspec.json.encode(fleet), type=FleetState)
+        fleet, _ = restarted(kept, term=9, version="v0", deadline_s=0.0)
+    for late in (
+        Excused("e0", 7),
+        Excused("e0", 6),
+        word(State.STOPPED, 7, told(State.STOPPED, 5, 1)),
+        word(State.PAUSED, 7, told(State.STOPPED, 5, 1)),  # about to walk there
+        word(State.STOPPED, 7, start),  # it has heard of START, too late
+    ):
+        assert transition(fleet, late) == (fleet, ())
+    for counts in (
+        word(State.PAUSED, 8, None),
+        Excused("e0", 8),  # the new life died before its first word
+        Excused("e0", 0),  # an administrator: nothing of that name
+        word(State.RUNNING, 7, start),  # START overtook its STOP: it goes on
+    ):
+        after, effects = transition(fleet, counts)
+        assert after.awaited == {"e1"}
+        assert effects == (() if fleet.phase is Phase.RECOVERING else (Persist(),))
+        assert after.state is State.RUNNING
+
+
+def test_a_start_is_forgotten_when_the_last_was_heard() -> None:
+    fleet = started(("e0", 7), ("e1", 3))
+    fleet, _ = transition(fleet, word(State.PAUSED, 8, None))
+    assert fleet.launch is not None
+    fleet, _ = transition(fleet, Excused("e1", 4))
+    assert (fleet.awaited, fleet.launch) == (frozenset(), None)
 
 
 def test_an_epoch_that_was_already_known_changes_nothing() -> None:

@@ -124,7 +124,8 @@ def test_a_repeated_promise_and_the_exit_of_a_stranger_change_nothing(phase: Pha
 # --- what is refused ---------------------------------------------------------------------------------------------
 
 
-def refused(session: Session, event: Event, error: type[ProtocolError], match: str) -> None:
+def check_refused(session: Session, event: Event, error: type[ProtocolError], match: str) -> None:
+    """Raises `error` with these words, and changes nothing."""
     before = msgspec.structs.astuple(session)
     with pytest.raises(error, match=match):
         transition(session, event)
@@ -135,19 +136,19 @@ def refused(session: Session, event: Event, error: type[ProtocolError], match: s
 def test_a_report_for_another_slab_or_of_a_stranger_promises_nothing(phase: Phase) -> None:
     session = in_phase(phase)
     other = ProcessReported("p", SlabName(2, 0))
-    refused(
+    check_refused(
         session,
         other,
         RemoteProtocolError,
         "it wrote to slab 0 of node incarnation 2, and the session's slots are in",
     )
-    refused(session, report("stranger"), RemoteProtocolError, "never given to 'stranger'")
+    check_refused(session, report("stranger"), RemoteProtocolError, "never given to 'stranger'")
 
 
 @pytest.mark.parametrize("phase", [Phase.SETTLING, Phase.PUBLISHED])
 @pytest.mark.parametrize("event", [JoinCompleted((True, True)), JoinFailed()])
 def test_a_join_that_ends_twice_is_refused(phase: Phase, event: Event) -> None:
-    refused(
+    check_refused(
         in_phase(phase), event, LocalProtocolError, f"is {phase} and {type(event).__name__} is not possible"
     )
 
@@ -156,11 +157,11 @@ def test_a_join_that_ends_twice_is_refused(phase: Phase, event: Event) -> None:
     "event", [JoinCompleted((True,)), JoinCompleted((True,) * 3), JoinCompleted((True, True), ((1,),))]
 )
 def test_an_outcome_of_the_wrong_length_is_refused_and_the_session_goes_on(event: JoinCompleted) -> None:
-    refused(STARTED, event, LocalProtocolError, "and the session has 2")
+    check_refused(STARTED, event, LocalProtocolError, "and the session has 2")
 
 
 def test_an_event_of_another_protocol_is_refused() -> None:
-    refused(STARTED, "Abort", LocalProtocolError, "str is not possible")  # type: ignore[arg-type]
+    check_refused(STARTED, "Abort", LocalProtocolError, "str is not possible")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,25 @@ def test_what_fits_exactly_is_accepted_and_one_byte_more_is_refused(size: int) -
     assert isinstance(save(store, "a", 1, size)[-1], Accepted if size == 10 else Refused)
 
 
+@pytest.mark.parametrize("size", [5, 6])
+def test_disk_is_filled_to_its_last_byte_and_no_further(size: int) -> None:
+    store = book()
+    for position in range(2):
+        save(store, "a", position)
+        store.handle("a", WriteEnded(position, True))
+    assert store.used == Amount(2, 0, 20)
+    assert isinstance(save(store, "a", 2, size)[-1], Accepted if size == 5 else Refused)
+
+
+def test_a_file_that_is_being_moved_into_the_store_is_charged_once() -> None:
+    store = book()
+    save(store, "a")
+    store.handle("a", WriteEnded(0, True))
+    assert isinstance(store.handle("a", Promote(0))[-1], MoveToStore)
+    store.check_integrity()
+    assert store.used == Amount(1, 0, 10)
+
+
 def test_erased_state_counts_on_disk_until_the_trash_is_empty() -> None:
     store = book()
     save(store, "a")

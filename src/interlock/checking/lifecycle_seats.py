@@ -41,6 +41,8 @@ class Fleet(msgspec.Struct, frozen=True, array_like=True):
     restarts_left: int
     front: int = 0
     """The target that a front was told last (a bit), 0: none."""
+    updated: bool = False
+    """Somebody was told that the fleet stands with weights that are not the first."""
 
 
 class Seats:
@@ -52,7 +54,11 @@ class Seats:
         members: Machine[Any, Any, Any],
         records: Machine[Any, Any, Any],
         mail: Mail[Target],
+        *,
+        fails: bool,
     ) -> None:
+        """`fails`: steps of members may fail."""
+        self.fails = fails
         self.fleets, self.members, self.records, self.mail = fleets, members, records, mail
         self._seats: dict[tuple[int, int, int, int, str, Epoch | None], Seat] = {}
         self._names: dict[tuple[int, tuple[int, ...]], int] = {}
@@ -83,6 +89,7 @@ class Seats:
             state.failures_left,
             state.restarts_left,
             state.front,
+            state.updated,
         )
 
     def seat(self, state: Fleet, who: int, fleet: FleetState) -> Seat:
@@ -106,7 +113,7 @@ class Seats:
     ) -> Seat:
         """What is in this seat, without what is dead.
 
-        Of a member: its step's attempt, for the driver's ends name the one under way. Of its mail: targets that are not
+        Of a member: its step's attempt, for the driver's ends name the one under way, and for which lower epoch that was begun. Of its mail: targets that are not
         above what it heard. Of the record: what is only shown to people, suspicion among it; and which older epochs it
         repeats, for those who do not repeat the newest were told it, and its words in the mail stay. Of a member that is
         dead and not recorded as living: everything.
@@ -129,7 +136,9 @@ class Seats:
                 core = MemberState()
             mail = 0
         origin = core.origin if core.state in FINISHED else State.STARTING
-        core = msgspec.structs.replace(core, attempt=1, origin=origin)
+        current = self.fails and core.state in FINISHED and core.begun_for == core.epoch
+        begun_for = core.epoch if current else Epoch()
+        core = msgspec.structs.replace(core, attempt=1, origin=origin, begun_for=begun_for)
         return (
             self.members.number(core),
             NOBODY if record is None else self.records.number(record),

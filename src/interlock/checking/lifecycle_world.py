@@ -40,11 +40,13 @@ from interlock.core.fleet_state import (
     Tick,
 )
 from interlock.core.identity import Epoch
-from interlock.core.lifecycle import MemberState, StepFailed, StepFinished, TargetHeard
+from interlock.core.lifecycle import MemberState, StepFailed, StepFinished, TargetHeard, TryAgain
 from interlock.core.roster import Gone, MemberRecord, Reported, Sight, Silent
 from interlock.core.targets import FINISHED, STRICTNESS, Command, State, Target
 
 NEVER = 1e9
+FIRST = "v1"
+"""The weights that everybody begins with. No command of any world names them."""
 MOVING = (State.RUNNING, State.UNPAUSING)
 Transition = Callable[[Any, Any], tuple[Any, tuple[Any, ...]]]
 Restarts = Literal["none", "with state", "without state"]
@@ -88,21 +90,21 @@ class Lifecycle(World[Fleet]):
         self.records: Machine[Any, Any, Any] = Machine(roster.transition)
         self.mail: Mail[Target] = Mail()
         self.judged: dict[tuple[int, tuple[int, ...]], tuple[bool, bool]] = {}
-        self.seats = Seats(self.fleets, self.members, self.records, self.mail)
-        self.idle: set[tuple[int, int, int, int, int, int]] = set()
+        self.seats = Seats(self.fleets, self.members, self.records, self.mail, fails=failures > 0)
+        self.idle: set[tuple[int, ...]] = set()
         """Reports that change nothing."""
-        self.start = self._begin(before, engines, deaths, freezes, failures, int(restarts != "none"))
+        self.start = self._begin(before, engines, (deaths, freezes, failures, int(restarts != "none")))
 
-    def _begin(self, before: Sequence[Commanded], engines: int, *budget: int) -> Fleet:
+    def _begin(self, before: Sequence[Commanded], engines: int, budget: tuple[int, int, int, int]) -> Fleet:
         """A fleet at rest: the engines stand where the commands in `before` brought them."""
-        state, _ = recovery.restarted(None, term=1, version="v1", deadline_s=0.0)
+        state, _ = recovery.restarted(None, term=1, version=FIRST, deadline_s=0.0)
         state, _ = commands.transition(state, Tick(NEVER))
         for ask in before:
             state, _ = commands.transition(state, ask)
-        core, _ = lifecycle.transition(MemberState(), StepFinished(1, "v1"))
+        core, _ = lifecycle.transition(MemberState(), StepFinished(1, FIRST))
         core, effects = lifecycle.transition(core, TargetHeard(state.target))
         while any(isinstance(effect, lifecycle.Begin) for effect in effects):
-            core, effects = lifecycle.transition(core, StepFinished(core.attempt, "v1"))
+            core, effects = lifecycle.transition(core, StepFinished(core.attempt, FIRST))
         # Attempts only tell one step from another; all begin alike.
         report = _report_of(core)
         joiners = self.size - engines
@@ -164,16 +166,18 @@ class Lifecycle(World[Fleet]):
         core: MemberState = self.members[state.members[who]]
         for target in self.mail.read(state.mail[who]):
             yield ("hears", who, target), self._tell_member(state, who, TargetHeard(target))
+        if core.waits:
+            yield ("tries again", who), self._tell_member(state, who, TryAgain(core.attempt))
         if core.state in FINISHED:
             version = core.version
             if core.state in (State.STARTING, State.UPDATING):
-                version = state.loading[who] or "v1"
+                version = state.loading[who] or FIRST
             yield ("finishes", who), self._tell_member(state, who, StepFinished(core.attempt, version))
             if state.failures_left and core.state is not State.STARTING:
                 left = but(state, failures_left=state.failures_left - 1)
-                for unchanged in (False, True):
-                    failed = StepFailed(core.attempt, "it broke", unchanged)
-                    yield ("fails", who, unchanged), self._tell_member(left, who, failed)
+                for unchanged, may_pass in ((False, False), (True, False), (True, True)):
+                    failed = StepFailed(core.attempt, "it broke", unchanged, may_pass)
+                    yield ("fails", who, unchanged, may_pass), self._tell_member(left, who, failed)
 
     def _tell_member(self, state: Fleet, who: int, event: Any) -> Fleet:
         number, effects = self.members.step(state.members[who], event)
@@ -192,30 +196,31 @@ class Lifecycle(World[Fleet]):
                 but(state, life=put(state.life, who, DEAD), deaths_left=state.deaths_left - 1),
             )
 
-    def _is_seen(self, state: Fleet, who: int) -> Iterable[tuple[Any, Fleet]]:
+    def _is_seen(self, state: Fleet, who: int) -> Iterable[tuple[Any, Fleet | Broken]]:
         """What the coordinator hears, misses and sees of a member."""
         record = state.records[who]
         fleet: FleetState = self.fleets[state.fleet]
         if state.life[who] != DEAD or record != NOBODY:
             # What a report does depends on this alone, and it often says what is known.
             name = who if fleet.awaited else NOBODY
-            key = (state.fleet, state.members[who], record, state.mail[who], state.life[who], name)
+            core = state.members[who]
+            key = (state.fleet, core, record, state.mail[who], state.life[who], name, int(state.updated))
             if key not in self.idle:
                 told = self._report(state, who)
                 same = told.fleet == state.fleet and told.promised == state.promised
                 if same and self.seats.seat(told, who, fleet) == self.seats.seat(state, who, fleet):
                     self.idle.add(key)
-                yield ("reports", who), told
+                yield ("reports", who), self._goes_back(told, who) or told
         if record == NOBODY:
             if state.life[who] == DEAD and str(who) in fleet.awaited:
-                yield ("is excused", who), self._decide(state, Excused(str(who)))
+                yield ("is excused", who), self._decide(state, Excused(str(who), 1))
             return
         sight = self.records[record].sight
         if sight is Sight.HEARD and (state.life[who] == DEAD or state.freezes_left):
             left = state.freezes_left - (state.life[who] == ALIVE)
             yield ("is silent", who), self._note(but(state, freezes_left=left), who, Silent(1))
         if state.life[who] == DEAD and sight is not Sight.LOST:
-            yield ("is gone", who), self._note(self._decide(state, Excused(str(who))), who, Gone(1))
+            yield ("is gone", who), self._note(self._decide(state, Excused(str(who), 1)), who, Gone(1))
 
     def _note(self, state: Fleet, who: int, event: Any) -> Fleet:
         record, _ = self.records.step(state.records[who], event)
@@ -231,8 +236,21 @@ class Lifecycle(World[Fleet]):
             state = self._note(state, who, report)
         if self.records[state.records[who]].sight is Sight.LOST:
             return state
-        state = self._decide(state, Heard(str(who), core.heard, core.version))
+        state = self._decide(state, Heard(str(who), 1, core.state, core.heard, core.version))
         return self._promise(self._tell_all(state, (who,)))
+
+    def _goes_back(self, state: Fleet, who: int) -> Broken | None:
+        """Whether the coordinator, just told of weights that the fleet stood with, goes on with the first ones."""
+        known = self.members[state.members[who]].heard
+        fleet: FleetState = self.fleets[state.fleet]
+        if not state.updated or known is None or fleet.phase is not Phase.LEADING:
+            return None
+        if known.version == FIRST or fleet.version != FIRST:
+            return None
+        if self.records[state.records[who]].sight is Sight.LOST:
+            return None
+        told = f"member {who} tells of weights {known.version}, with which the fleet stood"
+        return Broken(f"{told}, and its coordinator wants {FIRST}, which nobody asked for again")
 
     def _decide(self, state: Fleet, event: Any) -> Fleet:
         number, effects = self.fleets.step(state.fleet, event)
@@ -292,11 +310,12 @@ class Lifecycle(World[Fleet]):
         return known
 
     def _promise(self, state: Fleet) -> Fleet:
-        """Clients are told at once that their pause stands: the earlier they rely on it, the more must hold."""
+        """Clients are told at once that their pause or update stands: the earlier they rely on it, the more must hold."""
         fleet: FleetState = self.fleets[state.fleet]
         if fleet.state not in (State.PAUSED, State.SUSPENDED) or not self._judge(state)[1]:
             return state
-        return but(state, promised=state.promised | self._holders(state))
+        updated = state.updated or fleet.version != FIRST
+        return but(state, promised=state.promised | self._holders(state), updated=updated)
 
     # --- a coordinator's next life -------------------------------------------------------------------------------
 
@@ -304,7 +323,7 @@ class Lifecycle(World[Fleet]):
         """It forgets what was in memory: records. Without state it knows only which names its launcher started."""
         expected = frozenset(map(str, range(self.size)))
         again, _ = recovery.restarted(
-            kept, term=self.term_after, version="v1", expected=expected, deadline_s=1.0
+            kept, term=self.term_after, version=FIRST, expected=expected, deadline_s=1.0
         )
         records = [NOBODY] * self.size
         if kept is not None:
@@ -374,8 +393,8 @@ class Lifecycle(World[Fleet]):
                 number == NOBODY or self.records[number].sight is Sight.LOST for number in state.records
             )
         done, ok = self._judge(state)
-        if not ok and not (done and self.budget["failing steps"]):
-            return False
+        if not ok and not (done and self.budget["failing steps"] and fleet.state is not State.STOPPED):
+            return False  # a failure is an end, but it keeps nobody from being stopped
         known = all(
             life == DEAD or number != NOBODY for life, number in zip(state.life, state.records, strict=True)
         )

@@ -26,6 +26,7 @@ from interlock.core.fleet_state import (
     FleetOutcome,
     FleetState,
     Heard,
+    Launch,
     Persist,
     Phase,
     Remembered,
@@ -95,8 +96,8 @@ def transition(fleet: FleetState, event: FleetEvent) -> FleetOutcome:
             return heard(fleet, event)
         case Remembered(target):
             return remembered(fleet, target)
-        case Excused(member):
-            return excused(fleet, member)
+        case Excused(member, incarnation):
+            return excused(fleet, member, incarnation)
         case Settled(epoch, ok):
             return _settled(fleet, epoch, ok)
         case Tick(now_s):
@@ -114,7 +115,7 @@ def _refuse(
     fleet: FleetState, command: Command, why: str, hint: str, *, retryable: bool = False
 ) -> CommandRefused:
     return CommandRefused(
-        f"{command} is refused at epoch {fleet.epoch}: {why}",
+        f"{command} is refused at epoch {fleet.epoch.number}: {why}",
         hint=hint,
         retryable=retryable,
         command=command,
@@ -196,6 +197,7 @@ def _release(fleet: FleetState, owners: frozenset[str]) -> FleetState:
 
 def _with_version(fleet: FleetState, ask: Commanded, state: State) -> FleetOutcome:
     """UPDATE leaves the version unknown until the members stand; START launches members that have none yet."""
+    epoch = Epoch(fleet.epoch.term, fleet.epoch.number + 1)
     starts = ask.command is C.START
     version = ask.version or (fleet.version if starts and fleet.version_known else None)
     if not version:
@@ -212,10 +214,12 @@ def _with_version(fleet: FleetState, ask: Commanded, state: State) -> FleetOutco
         state=state,
         version=version,
         weights=weights,
+        version_at=epoch if ask.version else fleet.version_at,
         kv=ask.kv,
         version_known=starts,
         holds=holds,
         awaited=ask.expected if starts else fleet.awaited,
+        launch=Launch(epoch, ask.before) if starts else fleet.launch,
     )
     return _accepted(changed, ask.command)
 

@@ -147,6 +147,8 @@ class Opened(msgspec.Struct, frozen=True):
 
 
 class OpenFailed(msgspec.Struct, frozen=True):
+    """Nobody has this endpoint; `reason` is a sentence. To whoever waited in `open`."""
+
     reason: str
 
 

@@ -40,6 +40,8 @@ from interlock.core.limits import (
 )
 
 Outcome = tuple[Endpoint, Effects]
+TOOK_TOO_LONG = "it took too long"
+"""Why an attempt ends that nobody refused: whoever is still waiting may begin another."""
 NOTHING: Effects = ()
 _replace = msgspec.structs.replace
 
@@ -279,9 +281,7 @@ def tick(endpoint: Endpoint, event: Tick) -> Outcome:
         seconds = ENDPOINT_SILENCE_SECONDS_MAX if is_connected else HANDSHAKE_SECONDS_MAX
         endpoint = _replace(endpoint, expires_s=event.now_s + seconds)
     elif event.now_s >= endpoint.expires_s:
-        return retire(
-            endpoint, "the peer fell silent" if is_connected else "it took too long", is_wanted=False
-        )
+        return retire(endpoint, "the peer fell silent" if is_connected else TOOK_TOO_LONG, is_wanted=False)
     if endpoint.is_chooser and endpoint.ready and not endpoint.chosen:
         if endpoint.choose_s is None:
             endpoint = _replace(endpoint, choose_s=event.now_s + LANE_PATIENCE_SECONDS)

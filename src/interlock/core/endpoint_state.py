@@ -8,6 +8,8 @@ import msgspec
 
 
 class Phase(StrEnum):
+    """Where one side's endpoint stands."""
+
     IDLE = "IDLE"
     """Nothing to the peer; its Open is answered. The stamp is that of the next endpoint."""
     CONNECTING = "CONNECTING"
@@ -80,10 +82,12 @@ class Endpoint(msgspec.Struct, frozen=True):
 
     @property
     def stamp(self) -> Stamp:
+        """(incarnation, attempt) of this side, which every word of it carries."""
         return Stamp(self.incarnation, self.attempt)
 
     @property
     def is_chooser(self) -> bool:
+        """The larger identity chooses the lanes; the smaller echoes the list."""
         return self.name > self.peer
 
     @property

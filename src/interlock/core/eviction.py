@@ -70,6 +70,7 @@ class LeafARC:
         return not self._use and not self._holds
 
     def holds(self, key: bytes) -> int:
+        """How many times `hold` counts for this key; a block that is held at least once is no candidate."""
         return self._holds.get(key, 0)
 
     def age(self, key: bytes) -> int:
@@ -146,6 +147,7 @@ class LeafARC:
         """Raises `AssertionError` when a candidate is missing from its heap or something outgrew its bound."""
         entries = [set(heap) for heap in self._heaps]
         assert all((use, key) in entries[use & 1] for key, use in self._use.items() if key not in self._holds)
+        assert all(use & 1 == side for side, heap in enumerate(entries) for use, _ in heap)
         assert all(count > 0 for count in self._holds.values())
         assert self._count == [sum(use & 1 == side for use in self._use.values()) for side in (_ONCE, _AGAIN)]
         assert all(len(heap) <= self._bound(side) for side, heap in enumerate(self._heaps))

@@ -18,6 +18,24 @@ class Phase(StrEnum):
     DEPOSED = "DEPOSED"
 
 
+class Launch(msgspec.Struct, frozen=True):
+    """A START whose members are not all there: what it awaits of each name is a life newer than the one known before."""
+
+    epoch: Epoch
+    """The one that START was allotted."""
+    before: frozenset[tuple[str, int]] = frozenset()
+    """(name, incarnation) of lives that were known then. Each is over, or about to be: its end excuses nobody, and neither
+    do its last words, unless they say that START overtook its STOP and that it goes on."""
+
+    def is_old(self, member: str, incarnation: int) -> bool:
+        """Whether that life was there before. 0, *every life so far*, is none of them."""
+        return any(name == member and 0 < incarnation <= known for name, known in self.before)
+
+    def has_reached(self, target: Target | None) -> bool:
+        """Whether who remembers this target has heard of the START."""
+        return target is not None and target.epoch >= self.epoch
+
+
 class FleetState(msgspec.Struct, frozen=True):
     """What one coordinator has decided. All of it is persisted."""
 
@@ -30,6 +48,8 @@ class FleetState(msgspec.Struct, frozen=True):
     """False from UPDATE until every member stands at it; it stays False when the update fails."""
     weights: str = ""
     """Where the checkpoint of `version` lies; empty: what engines are started with."""
+    version_at: Epoch = Epoch()
+    """When a command named these weights; zero: they are those that members remembered, or the configured ones."""
     kv: KeptCache = KeptCache.RECOMPUTE
     holds: tuple[Hold, ...] = ()
     basis: Epoch = Epoch()
@@ -42,6 +62,8 @@ class FleetState(msgspec.Struct, frozen=True):
     awaited: frozenset[str] = frozenset()
     """Members that a coordinator without state expects and has not heard. Where one stays silent beyond the deadline,
     nobody can say what it does: it counts as unknown until it reports or is excused."""
+    launch: Launch | None = None
+    """Why they are awaited, where it was START that launched them."""
     deadline_s: float = 0.0
     """RECOVERING: when it ends without them."""
     versions: frozenset[str | None] = frozenset()
@@ -81,12 +103,16 @@ class Commanded(msgspec.Struct, frozen=True):
     composite: bool = False
     expected: frozenset[str] = frozenset()
     """START: the members that are launched by it, and awaited."""
+    before: frozenset[tuple[str, int]] = frozenset()
+    """START: by name, the newest life of each of them so far."""
 
 
 class Heard(msgspec.Struct, frozen=True):
     """A member reported: `target` is the one of the highest epoch it has heard, `version` that of its weights."""
 
     member: str
+    incarnation: int
+    state: State
     target: Target | None
     version: str | None
 
@@ -98,9 +124,10 @@ class Remembered(msgspec.Struct, frozen=True):
 
 
 class Excused(msgspec.Struct, frozen=True):
-    """The launcher's word: of this name nothing is running."""
+    """The launcher's word: this life is over, and of its name nothing is running. 0: every life of that name so far."""
 
     member: str
+    incarnation: int
 
 
 class Settled(msgspec.Struct, frozen=True):
@@ -111,6 +138,8 @@ class Settled(msgspec.Struct, frozen=True):
 
 
 class Tick(msgspec.Struct, frozen=True):
+    """Time goes on. Monotonic clock, seconds."""
+
     now_s: float
 
 

@@ -58,10 +58,12 @@ class JoinBook:
 
     @property
     def open_count(self) -> int:
+        """Joins that wait for reports."""
         return len(self._open)
 
     @property
     def early_reports(self) -> int:
+        """Reports that are kept for joins which nobody has opened yet; bounded."""
         return self._early_reports
 
     def handle(self, event: Open | Report | RankLost | Abort) -> tuple[Effect, ...]:

@@ -16,6 +16,8 @@ checksums do not matter (loads, aborted work)."""
 
 
 class JoinName(msgspec.Struct, frozen=True, array_like=True):
+    """Which try of which session: never a block's key, for a key is saved again and again."""
+
     session: str
     attempt: int
 
@@ -24,6 +26,8 @@ class JoinName(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Phase(StrEnum):
+    """EARLY: reports before its open. COMPLETED and FAILED are final, and kept as a tombstone."""
+
     EARLY = "EARLY"
     OPEN = "OPEN"
     COMPLETED = "COMPLETED"
@@ -31,6 +35,8 @@ class Phase(StrEnum):
 
 
 class Kind(StrEnum):
+    """What is joined: saves combine by AND for each block, loads by the union of failed blocks."""
+
     SAVE = "save"
     LOAD = "load"
 
@@ -154,6 +160,7 @@ class Join(msgspec.Struct, frozen=True):
     """EARLY and finished: when to forget it; None until the first tick."""
 
     def report_of(self, rank: int) -> Report | None:
+        """The first that this rank reported, which wins; None: nothing yet."""
         for report in self.reports:
             if report.rank == rank:
                 return report

@@ -91,6 +91,7 @@ class KVLayout(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def block_bytes(self) -> int:
+        """Bytes of one whole block, all layers and heads, its scales included."""
         return self.heads * self.head_bytes
 
     def digest(self) -> bytes:
@@ -140,9 +141,11 @@ class Shard(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def area(self) -> int:
+        """In cells of (layer, head); an empty rectangle, also one turned inside out, has 0."""
         return max(0, self.layer_stop - self.layer_start) * max(0, self.head_stop - self.head_start)
 
     def overlaps(self, other: Shard) -> bool:
+        """Whether they share a cell. An empty one shares none."""
         return (
             self.area > 0
             and other.area > 0

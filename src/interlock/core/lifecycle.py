@@ -18,13 +18,17 @@ walks the same table: it stands PAUSED, with the target's weights, before it can
                                                └─► STOPPING ─► STOPPED
 
 A step that fails and cannot say that it changed nothing leaves memory that nobody can describe: the member stops, and
-its exit is the proof. Only UPDATE has a softer end: the member stands PAUSED at version None, and serves nothing.
+its exit is the proof. Only UPDATE has a softer end: the member stands PAUSED at version None, and serves nothing. Where the
+target is STOPPED a failure keeps nobody: what it left behind is not needed any more, and the member stops.
 
 The words and the table `PATH` are in `core/targets`; here stands the member that walks: one life of one engine, with its
 memory and its bookkeeping (which target was heard, which step is under way and under which attempt, what is reported).
 Three rules keep late words harmless. A target of a lower epoch is
 answered with the higher one, its target and holds, and acknowledges nothing. The end of a step counts only for the
-attempt under way. A step that failed is not repeated before a higher epoch asks for it, so that nothing spins.
+attempt under way. A step that failed is repeated when a higher epoch asks for it, or, where the driver knows a cause that
+may pass (a full disk, no memory) and nothing was changed, when it has waited and says `TryAgain`: nothing spins, and nobody
+stands aside for ever. A failure of a step that was begun for a lower epoch than the one heard meanwhile says nothing of that,
+and the walk goes on from where it failed.
 
 Ownership of a step: `Begin` hands it to the driver, which gives it back exactly once, by `StepFinished` or
 `StepFailed` with the same attempt. A PAUSE that became stricter meanwhile replaces the one under way: the driver may
@@ -71,11 +75,16 @@ class MemberState(msgspec.Struct, frozen=True):
     """Numbers the steps; the first is the start itself."""
     origin: State = State.STARTING
     """Where the step under way began: its end when it fails having changed nothing."""
+    begun_for: Epoch = Epoch()
+    """The epoch heard when the step under way began."""
     failed: str | None = None
-    """Why the last step towards `heard` failed; it is not repeated before a higher epoch."""
+    """Why the last step towards `heard` failed; it is not repeated before a higher epoch, or `TryAgain`."""
+    waits: bool = False
+    """Whether that may pass: the driver owes a `TryAgain`."""
 
     @property
     def epoch(self) -> Epoch:
+        """Of the highest target heard; (0, 0) before the first."""
         return self.heard.epoch if self.heard else Epoch()
 
     @property
@@ -103,14 +112,24 @@ class StepFinished(msgspec.Struct, frozen=True):
 
 
 class StepFailed(msgspec.Struct, frozen=True):
-    """The step of this attempt is over and did not succeed. `unchanged`: it left everything as it was before."""
+    """The step of this attempt is over and did not succeed. `unchanged`: it left everything as it was before.
+
+    `may_pass` (only where unchanged): so may the cause; the driver waits, and then says `TryAgain`.
+    """
 
     attempt: int
     why: str
     unchanged: bool = False
+    may_pass: bool = False
 
 
-MemberEvent = TargetHeard | StepFinished | StepFailed
+class TryAgain(msgspec.Struct, frozen=True):
+    """The driver has waited, and what made the step of this attempt fail may have passed. Late, it is not looked at."""
+
+    attempt: int
+
+
+MemberEvent = TargetHeard | StepFinished | StepFailed | TryAgain
 
 
 class Begin(msgspec.Struct, frozen=True):
@@ -155,8 +174,12 @@ def transition(member: MemberState, event: MemberEvent) -> MemberOutcome:
             return _hear(member, target)
         case StepFinished(attempt, version):
             return _finish(member, version) if _current(member, attempt) else (member, ())
-        case StepFailed(attempt, why, unchanged):
-            return _fail(member, why, unchanged) if _current(member, attempt) else (member, ())
+        case StepFailed(attempt):
+            return _fail(member, event) if _current(member, attempt) else (member, ())
+        case TryAgain(attempt):
+            if not member.waits or attempt != member.attempt:
+                return member, ()
+            return _walk(msgspec.structs.replace(member, failed=None, waits=False))
         case _:
             raise LocalProtocolError(f"{event!r} is no event of a member that is {member.state}")
 
@@ -183,7 +206,7 @@ def _hear(member: MemberState, target: Target) -> MemberOutcome:
                 epoch=target.epoch,
             )
         return member, (Report(),)
-    return _walk(msgspec.structs.replace(member, heard=target, failed=None))
+    return _walk(msgspec.structs.replace(member, heard=target, failed=None, waits=False))
 
 
 def _finish(member: MemberState, version: str | None) -> MemberOutcome:
@@ -194,16 +217,23 @@ def _finish(member: MemberState, version: str | None) -> MemberOutcome:
     return _walk(msgspec.structs.replace(member, state=state, version=version, mode=mode))
 
 
-def _fail(member: MemberState, why: str, unchanged: bool) -> MemberOutcome:
+def _fail(member: MemberState, event: StepFailed) -> MemberOutcome:
+    why = event.why
     if member.state in (S.STARTING, S.STOPPING):
         return msgspec.structs.replace(member, state=S.STOPPED, failed=why), (Report(), Leave(why))
-    if unchanged:
+    if member.heard is not None and member.heard.state is S.STOPPED:
+        return _begin(member, P.STOP)
+    failed = why if member.begun_for == member.epoch else None
+    if event.unchanged:
         # After a stricter pause that failed, take the laxest to be in force: pausing again harms nothing.
         mode = Mode.WAIT if member.state is S.PAUSING else member.mode
         mode = None if member.origin in (S.RUNNING, S.PENDING_WEIGHTS) else mode
-        return _walk(msgspec.structs.replace(member, state=member.origin, mode=mode, failed=why))
+        waits = event.may_pass and failed is not None
+        return _walk(
+            msgspec.structs.replace(member, state=member.origin, mode=mode, failed=failed, waits=waits)
+        )
     if member.state is S.UPDATING:
-        return _walk(msgspec.structs.replace(member, state=S.PAUSED, version=None, failed=why))
+        return _walk(msgspec.structs.replace(member, state=S.PAUSED, version=None, failed=failed))
     return _begin(msgspec.structs.replace(member, failed=why), P.STOP)
 
 
@@ -229,6 +259,7 @@ def _begin(member: MemberState, step: Step) -> MemberOutcome:
         attempt=member.attempt + 1,
         mode=mode if step is P.PAUSE else member.mode,
         origin=member.origin if member.state is S.PAUSING else member.state,
+        begun_for=target.epoch,
     )
     return begun, (
         Report(),

@@ -190,6 +190,9 @@ NO_MEMBER_SECONDS_MAX = 120.0
 """What a request waits when every engine is gone: a restart takes less, an operator more."""
 RECONNECT_SECONDS_MIN = 0.02
 RECONNECT_SECONDS_MAX = 1.0
+STEP_RETRY_SECONDS_MIN = 1.0
+"""An engine's first wait before it tries a step again that failed and changed nothing; each further wait is twice as long."""
+STEP_RETRY_SECONDS_MAX = 30.0
 FRONT_GRACE_SECONDS = 10.0
 """How long an engine computes for a front whose connection is gone: a front is restarted and back within a few."""
 NOTE_BYTES_MAX = 1024 * 1024
@@ -206,6 +209,9 @@ KEEP_RETRY_SECONDS = 1.0
 """Between two tries to write what a disk did not take, and between two rewrites."""
 TOKENS_PER_FRAME_MAX = 8192
 """Tokens that an engine puts into one frame: with 20 logprobs each they still fit into FRAME_BYTES_MAX."""
+DISPATCHES_PER_FRAME_MAX = 64
+DISPATCH_BATCH_BYTES = 256 * 1024
+"""Dispatches to one engine that wait together go out in one frame, up to so many and so many bytes of prompts and notes."""
 REFUSED_SECONDS = 0.05
 """How long an engine that said "not running" is not asked again: its membership is on its way."""
 COMMANDS_KEPT_MAX = 256
@@ -316,9 +322,16 @@ PEER_FETCH_BLOCKS_MAX = 256
 """Blocks in one read from another node; also bounded by DISK_READ_BYTES of staging."""
 PEER_FETCH_SECONDS_MAX = 1.0
 PEER_REMOVE_SECONDS_MAX = 50.0
-"""For every other node to take a tenant's blocks away, and as long as nobody takes them back up from one that did not."""
-PEER_REMOVALS_MAX = 1024
-"""Removals under way that one node knows of."""
+"""For every other node to take a tenant's blocks away, before it is named as one that did not."""
+REMOVALS_KEPT_MAX = 65536
+"""Removals (of a tenant, of a beginning of keys) that a node remembers, for ever; one more is refused."""
+REMOVALS_FILE_BYTES_MAX = 128 * 1024 * 1024
+REMOVALS_TOLD_MAX = 512
+"""In one message between nodes."""
+REMOVAL_RETRY_SECONDS = 2.0
+"""Between two tries to carry out a removal that the disk did not let through."""
+PREFIX_CHARS_MAX = 64
+"""Hexadecimal digits of a key's beginning: all of them."""
 DIRECTORY_PEERS_MAX = 16384
 DIRECTORY_LEASE_SECONDS = 15.0
 """How long the coordinator lists a peer that does not announce itself again."""

@@ -75,6 +75,7 @@ class RankState(msgspec.Struct, frozen=True):
 
     @property
     def report(self) -> RankReport:
+        """What this rank says of itself to its leader, whenever asked: a level, never a change."""
         return RankReport(self.rank, self.leader_epoch, self.granted, self.reached, self.tokens)
 
 

@@ -39,6 +39,8 @@ class GroupState(msgspec.Struct, frozen=True):
     """The most that any rank computes in one of the granted steps that are not reached."""
     pausing: bool = True
     """No step is granted: a new leader begins so, until it is told to proceed."""
+    step_seconds: float = LOCKSTEP_STEP_SECONDS
+    """Of a step's deadline: what it has beside its tokens' share."""
 
     @property
     def slowest(self) -> int:
@@ -54,10 +56,12 @@ class GroupState(msgspec.Struct, frozen=True):
 
     @property
     def paused(self) -> bool:
+        """No step is granted and every rank stands at the grant."""
         return self.pausing and self.standing
 
     @property
     def may_advance(self) -> bool:
+        """Whether `Advance` grants a step now: at most LOCKSTEP_STEPS_AHEAD_MAX ahead of the slowest rank."""
         return (
             self.phase is Phase.GRANTING
             and not self.pausing
@@ -65,11 +69,15 @@ class GroupState(msgspec.Struct, frozen=True):
         )
 
 
-def lead(leader_epoch: int, ranks: int, *, deadline_s: float) -> GroupState:
+def lead(
+    leader_epoch: int, ranks: int, *, deadline_s: float, step_seconds: float = LOCKSTEP_STEP_SECONDS
+) -> GroupState:
     """A leader's term begins by fencing; `leader_epoch` is above every earlier leader's of this group."""
     if not 0 < ranks <= RANKS_MAX:
         raise LocalProtocolError(f"a lockstep group of {ranks} ranks is outside 1 to {RANKS_MAX}")
-    return GroupState(leader_epoch=leader_epoch, reports=(None,) * ranks, deadline_s=deadline_s)
+    return GroupState(
+        leader_epoch=leader_epoch, reports=(None,) * ranks, deadline_s=deadline_s, step_seconds=step_seconds
+    )
 
 
 class Advance(msgspec.Struct, frozen=True):
@@ -94,6 +102,8 @@ class RankLost(msgspec.Struct, frozen=True):
 
 
 class Tick(msgspec.Struct, frozen=True):
+    """Time goes on. Monotonic clock, seconds."""
+
     now_s: float
 
 
@@ -233,7 +243,7 @@ def _advance(group: GroupState, now_s: float, tokens: int) -> GroupOutcome:
 def _seconds(group: GroupState) -> float:
     """What the steps that are granted and not reached may take."""
     steps = group.granted - group.slowest
-    return steps * (LOCKSTEP_STEP_SECONDS + group.tokens * LOCKSTEP_SECONDS_PER_TOKEN)
+    return steps * (group.step_seconds + group.tokens * LOCKSTEP_SECONDS_PER_TOKEN)
 
 
 def _tick(group: GroupState, now_s: float) -> GroupOutcome:

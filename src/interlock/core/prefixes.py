@@ -121,6 +121,7 @@ class Block(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def checksums(self) -> tuple[int, ...]:
+        """One unsigned 64-bit number for each (layer group, head), groups outermost."""
         return unpack_sums(self.sums)
 
 

@@ -6,8 +6,13 @@ jumps ahead and unpauses a fleet in the middle of an update (hazards F2).
 Why it cannot here. Without state it is RECOVERING: it commands nothing until it has heard the members it expects, or a
 deadline has passed. Then it leads in a term above every epoch reported, with the most restrictive target reported and
 all holds reported. It does not know the deadlines of holds it did not place, so they have none. A member that turns up
-later, with an epoch that nobody told this life of, makes the target stricter in the same way, never laxer. Whoever
-hears of an epoch above his own is not the leader any more, and stops.
+later, with an epoch that nobody told this life of, makes the target stricter in the same way, never laxer; and the weights
+that it remembers are taken, unless a command of this life has named others: a fleet never goes back to older weights because
+those who knew the newer ones were late. What it remembers counts once: from then on that epoch is known, so that a hold which was
+released here does not come back when it is repeated. Whoever hears of an epoch above his own is not the leader any more, and stops.
+
+A member that START launches is awaited as a new life: the life before it may still be on its way out, and neither its last
+words nor its end, told late or after this coordinator's restart, are taken for the new one's.
 
 Fronts are witnesses, too: where the disk is lost and every engine was started anew, only they remember. A coordinator
 whose clock had stepped back would otherwise begin below the epoch that they know, and they would drop its word until the
@@ -39,8 +44,8 @@ def restarted(
     """The first state of a coordinator's life in this term (embedded: its incarnation).
 
     One that kept its state tells the same target anew in its own term. One without, or one that was deposed before it
-    died, is RECOVERING until the `expected` members have reported or `deadline_s` has passed. `version` counts only
-    where no member has heard of any target: at the very first start.
+    died, is RECOVERING until the `expected` members have reported or `deadline_s` has passed; whom START had launched is
+    awaited as a new life still. `version` counts only where no member has heard of any target: at the very first start.
     """
     if stored is not None and stored.phase is Phase.LEADING:
         again = msgspec.structs.replace(stored, epoch=Epoch(max(term, stored.epoch.term + 1), 0))
@@ -55,20 +60,24 @@ def restarted(
     )
     if stored is not None:
         fleet = _gather(fleet, stored.target, stored.version if stored.version_known else None)
+        fleet = msgspec.structs.replace(fleet, awaited=expected | stored.awaited, launch=stored.launch)
     return fleet, ()
 
 
 def heard(fleet: FleetState, event: Heard) -> FleetOutcome:
     """A member says which target it heard last; ordinary reports of our own epochs change nothing."""
-    member, target, version = event.member, event.target, event.version
-    if fleet.phase is Phase.RECOVERING:
-        if target is not None:
-            fleet = _gather(fleet, target, version)
-        return excused(fleet, member)
-    fleet, effects = excused(fleet, member)
-    if target is None:
+    launch, target = fleet.launch, event.target
+    replaced = launch is not None and launch.is_old(event.member, event.incarnation)
+    unaware = launch is not None and replaced and not launch.has_reached(target)
+    if (
+        target is not None and fleet.phase is Phase.RECOVERING and not unaware
+    ):  # its STOPPED is over, and stops nobody
+        fleet = _gather(fleet, target, event.version)
+    on_its_way_out = unaware or (replaced and event.state in (S.STOPPING, S.STOPPED))
+    fleet, effects = (fleet, ()) if on_its_way_out else _attended(fleet, event.member)
+    if target is None or fleet.phase is Phase.RECOVERING:
         return fleet, effects
-    after, more = _compare(fleet, target)
+    after, more = _compare(fleet, target, event.version)
     return after, more or effects
 
 
@@ -76,35 +85,37 @@ def remembered(fleet: FleetState, target: Target) -> FleetOutcome:
     """A front says which target it was told last."""
     if fleet.phase is Phase.RECOVERING:
         return _gather(fleet, target, target.version), ()
-    return _compare(fleet, target)
+    return _compare(fleet, target, target.version)
 
 
-def _compare(fleet: FleetState, target: Target) -> FleetOutcome:
-    """What somebody remembers against what a coordinator, which has begun to lead, knows."""
+def _compare(fleet: FleetState, target: Target, version: str | None) -> FleetOutcome:
+    """What somebody remembers, who has the weights of `version`, against what a coordinator that has begun to lead knows."""
     if fleet.phase is Phase.DEPOSED:
         return fleet, ()
     if target.epoch > fleet.epoch:
-        adopted = _adopt(fleet, target)
-        deposed = msgspec.structs.replace(
-            adopted,
-            phase=Phase.DEPOSED,
-            epoch=target.epoch,
-            version=target.version,
-            weights=target.weights,
-            kv=target.kv,
-        )
+        adopted = _adopt(fleet, target, version)
+        deposed = msgspec.structs.replace(adopted, phase=Phase.DEPOSED, epoch=target.epoch)
         return deposed, (Persist(), StepDown(target.epoch))
     if fleet.basis < target.epoch and target.epoch.term < fleet.since_term:
-        adopted = _adopt(fleet, target)
-        return allot(adopted) if adopted != fleet else (fleet, ())
+        adopted = _adopt(fleet, target, version)
+        known = msgspec.structs.replace(fleet, basis=target.epoch)
+        return allot(adopted) if adopted != known else (known, (Persist(),))
     return fleet, ()
 
 
-def excused(fleet: FleetState, member: str) -> FleetOutcome:
+def excused(fleet: FleetState, member: str, incarnation: int) -> FleetOutcome:
+    """The launcher says that this life is over; it may say so late."""
+    if fleet.launch is not None and fleet.launch.is_old(member, incarnation):
+        return fleet, ()
+    return _attended(fleet, member)
+
+
+def _attended(fleet: FleetState, member: str) -> FleetOutcome:
     """Nothing more is expected of this member; RECOVERING ends with the last."""
     if member not in fleet.awaited:
         return fleet, ()
-    fleet = msgspec.structs.replace(fleet, awaited=fleet.awaited - {member})
+    awaited = fleet.awaited - {member}
+    fleet = msgspec.structs.replace(fleet, awaited=awaited, launch=fleet.launch if awaited else None)
     if fleet.phase is not Phase.RECOVERING:
         return fleet, (Persist(),)
     return (fleet, ()) if fleet.awaited else lead(fleet)
@@ -140,12 +151,24 @@ def lead(fleet: FleetState) -> FleetOutcome:
     )
 
 
-def _adopt(fleet: FleetState, target: Target) -> FleetState:
-    """A member remembers what this lineage of states never knew: become stricter by it, never laxer."""
+def _adopt(fleet: FleetState, target: Target, version: str | None) -> FleetState:
+    """Somebody remembers what this lineage of states never knew: become stricter by it, never laxer, and take its weights."""
     state = _most_restrictive(fleet.state, target.state)
-    holds = _all_holds(fleet.holds, target.holds)
-    known = fleet.version_known and (state is not S.PAUSED or target.version == fleet.version)
-    return msgspec.structs.replace(fleet, state=state, holds=holds, version_known=known)
+    if target.epoch > fleet.version_at:
+        weights, kv, asked = target.weights, target.kv, target.version
+    else:
+        weights, kv, asked = fleet.weights, fleet.kv, fleet.version
+    agreed = {asked, fleet.version, target.version, version} == {asked}
+    return msgspec.structs.replace(
+        fleet,
+        state=state,
+        holds=_all_holds(fleet.holds, target.holds),
+        version=asked,
+        weights=weights,
+        kv=kv,
+        version_known=fleet.version_known and (state is not S.PAUSED or agreed),
+        basis=target.epoch,
+    )
 
 
 def _most_restrictive(a: State, b: State) -> State:

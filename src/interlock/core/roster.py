@@ -176,6 +176,7 @@ class Condition(msgspec.Struct, frozen=True):
 
 
 def outcome(record: MemberRecord, epoch: Epoch, *, expired: bool) -> Outcome:
+    """What a command reports of this member at `epoch`. `expired`: the command's deadline is over."""
     if record.sight is Sight.LOST:
         return Outcome.GONE
     if record.standing == epoch:

@@ -58,6 +58,7 @@ class SessionBook:
         return wanted
 
     def is_under_way(self, key: bytes) -> bool:
+        """Whether some session writes this key: a second one need not."""
         return key in self._under_way
 
     def add(self, session: Session) -> None:
@@ -98,6 +99,7 @@ class SessionBook:
         return frozenset(self._held)
 
     def quarantined_slots(self) -> int:
+        """Slots of ended sessions that wait for a promise or an exit."""
         return sum(len(s.slots) for s in self._live.values() if s.phase is Phase.QUARANTINED)
 
     def quarantine_holders(self) -> dict[Process, int]:

@@ -42,6 +42,8 @@ Process = str
 
 
 class SlabName(msgspec.Struct, frozen=True, array_like=True):
+    """Which memory slots are meant: a report for another life or slab is refused."""
+
     node_incarnation: int
     slab: int
 
@@ -50,6 +52,8 @@ class SlabName(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Phase(StrEnum):
+    """Where a write session stands. PUBLISHED and FREED are final."""
+
     WRITING = "WRITING"
     """Processes may be writing; the join is open."""
     SETTLING = "SETTLING"
@@ -71,7 +75,7 @@ class JoinCompleted(msgspec.Struct, frozen=True):
 
 
 class JoinFailed(msgspec.Struct, frozen=True):
-    pass
+    """The join ended without every shard: nothing of this session is published."""
 
 
 class ProcessReported(msgspec.Struct, frozen=True):
@@ -96,6 +100,8 @@ class Abort(msgspec.Struct, frozen=True):
 
 
 class Tick(msgspec.Struct, frozen=True):
+    """Time goes on. Monotonic clock, seconds."""
+
     now_s: float
 
 

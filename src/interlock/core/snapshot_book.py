@@ -56,6 +56,7 @@ class Amount(msgspec.Struct, frozen=True):
         )
 
     def fits(self, bound: Amount) -> bool:
+        """Whether each of the three is within its bound, the bound included."""
         return (
             self.items <= bound.items
             and self.memory_bytes <= bound.memory_bytes

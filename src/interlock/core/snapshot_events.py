@@ -27,6 +27,8 @@ class CallDone(msgspec.Struct, frozen=True):
 
 
 class CallFailed(msgspec.Struct, frozen=True):
+    """The call under the scope's lock (make, move or promote) failed; `reason` is the system's word."""
+
     reason: str
 
 
@@ -76,6 +78,8 @@ class Reaped(msgspec.Struct, frozen=True):
 
 
 class Tick(msgspec.Struct, frozen=True):
+    """Time goes on. Monotonic clock, seconds."""
+
     now_s: float
 
 
@@ -126,6 +130,8 @@ class Refused(msgspec.Struct, frozen=True):
 
 
 class Durable(msgspec.Struct, frozen=True):
+    """An accepted state is on disk, synced. To the owner."""
+
     item: Item
 
 
@@ -184,6 +190,8 @@ class Promoted(msgspec.Struct, frozen=True):
 
 
 class NotPromoted(msgspec.Struct, frozen=True):
+    """The state at `position` stays what it was, for this reason (a sentence)."""
+
     position: int
     reason: str
 

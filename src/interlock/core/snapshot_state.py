@@ -9,6 +9,8 @@ import msgspec
 
 
 class Phase(StrEnum):
+    """Where a request's scope stands; in three of them its lock is held."""
+
     EMPTY = "EMPTY"
     """No directory under the live root belongs to this scope."""
     MAKING = "MAKING"
@@ -50,6 +52,7 @@ class Item(msgspec.Struct, frozen=True, array_like=True, order=True):
 
     @property
     def file(self) -> str:
+        """Its file name in the scope's directory: no part of it comes from outside."""
         return f"{self.position}.{self.number}"
 
 
@@ -110,6 +113,7 @@ class Scope(msgspec.Struct, frozen=True):
         return None
 
     def durable_at(self, position: int) -> Item | None:
+        """What is on disk for that position, None: nothing."""
         for item in self.durable:
             if item.position == position:
                 return item
@@ -124,6 +128,7 @@ class Scope(msgspec.Struct, frozen=True):
         )
 
     def folder_of(self, directory: Directory) -> Folder:
+        """Raises `StopIteration` for a directory that is not this scope's."""
         return next(folder for folder in self.folders if folder.name == directory)
 
     def with_folder(self, folder: Folder) -> Scope:

@@ -138,10 +138,12 @@ FINISHED: dict[State, State] = {
 
 
 def stricter(mode: Mode, than: Mode | None) -> bool:
+    """Whether `mode` is above `than` in wait < keep < abort; any is above none."""
     return than is None or STRICTNESS[mode] > STRICTNESS[than]
 
 
 def strictest(*modes: Mode) -> Mode:
+    """The highest of them in wait < keep < abort. Raises `ValueError` for none."""
     return max(modes, key=STRICTNESS.__getitem__)
 
 

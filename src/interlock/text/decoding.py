@@ -22,6 +22,8 @@ this the bytes are taken for what they are: invalid."""
 
 
 class Decoder(Protocol):
+    """Token ids of one answer to its text, one at a time; what it has given out it never takes back."""
+
     def push(self, token_id: int) -> str:
         """The text that this token settles; "" while a character is incomplete. Special tokens are not passed here."""
         ...

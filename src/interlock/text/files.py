@@ -21,6 +21,8 @@ SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penal
 
 
 class TextFiles(msgspec.Struct, frozen=True, kw_only=True):
+    """What a checkpoint directory says about text, read, bounded and checked."""
+
     tokenizer_json: bytes
     special_tokens: dict[str, str]
     """bos_token, eos_token, … → content; a chat template may name them."""

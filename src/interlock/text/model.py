@@ -61,6 +61,7 @@ class TextModel:
 
     @property
     def has_chat_template(self) -> bool:
+        """Without one `apply_chat_template` raises `PromptError`."""
         return self._template is not None
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:

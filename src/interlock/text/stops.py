@@ -26,6 +26,7 @@ class StopFinder:
 
     @property
     def held_chars(self) -> int:
+        """How many characters wait, for they may be the beginning of a stop string."""
         return self._held
 
     def feed(self, text: str, armed: bool = True) -> str:

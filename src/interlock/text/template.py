@@ -98,6 +98,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return tree
 
     def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
+        """An operator of a template, whose result has a bound. Raises `PromptError`."""
         if operator == "*":
             for value, times in ((left, right), (right, left)):
                 if (
@@ -160,12 +161,14 @@ def _pay(steps: int) -> None:
 
 
 def check_length(value: Any) -> Any:
+    """The value as it is. Raises `PromptError` for a text or list above PROMPT_CHARS_MAX."""
     if isinstance(value, str | list | tuple) and len(value) > PROMPT_CHARS_MAX:
         raise PromptError("the model's chat template makes a value that is too long", hint="send less text")
     return value
 
 
 def bounded_pieces(pieces: Iterator[str]) -> Iterator[str]:
+    """The pieces as they are. Raises `PromptError` once they come to more than PROMPT_CHARS_MAX characters."""
     total = 0
     for piece in pieces:
         total += len(piece)
@@ -183,6 +186,7 @@ class GenerationBlock(jinja2.ext.Extension):
     tags = {"generation"}
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        """As Jinja's extensions do: the block's statements, in its place."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
@@ -204,4 +208,5 @@ def to_json(
 
 
 def raise_exception(message: str) -> None:
+    """What a template calls to refuse messages, as the library's does. Raises `TemplateError` with its words."""
     raise jinja2.TemplateError(str(message))

@@ -37,6 +37,7 @@ def worlds(budget: Literal["small", "full"]) -> Sequence[World[Any]]:
             Lifecycle(A_PAUSES, B_PAUSES_TO_STOP, deaths=1, freezes=1, restarts="with state"),
             Lifecycle(A_UPDATES, B_BREAKS, before=paused, deaths=1, freezes=1, restarts="without state"),
             Lifecycle(A_UPDATES, B_BREAKS, before=paused, failures=1),
+            Lifecycle(A_UPDATES, B_STOPS, before=paused, failures=1, deaths=1),
             Lifecycle(
                 A_PAUSES,
                 engines=1,
@@ -50,6 +51,10 @@ def worlds(budget: Literal["small", "full"]) -> Sequence[World[Any]]:
     return [
         Lifecycle(A_PAUSES, B_ABORTS, joiners=1),
         Lifecycle(A_UPDATES, B_BREAKS, before=paused, deaths=1, freezes=1, failures=1, restarts="with state"),
+        Lifecycle(A_UPDATES, B_STOPS, before=paused, deaths=1, freezes=1, failures=1, restarts="with state"),
+        Lifecycle(
+            A_SUSPENDS, B_RESUMES, before=paused, deaths=1, freezes=1, failures=1, restarts="with state"
+        ),
         Lifecycle(A_PAUSES, B_PAUSES_TO_STOP, deaths=1, freezes=1, restarts="without state"),
         Lifecycle(
             A_PAUSES, B_ABORTS, deaths=1, freezes=1, restarts="without state", front=True, clock_back=True

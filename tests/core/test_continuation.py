@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from interlock.text.continuation import ROWS, Complete, Continue, Refuse, Restart, decide, refusal
-from interlock.wire.engine_messages import Sampling
+from interlock.core.continuation import ROWS, Complete, Continue, Refuse, Restart, decide, refusal
+from interlock.core.sampling import Sampling
 
 PROMPT = [1, 2, 3]
 

@@ -7,7 +7,7 @@ counts output tokens (presence and frequency penalties) does not: what was outpu
 (a seeded random stream) does not: it would start again. Those are refused by name, for a plausible continuation that is
 another request is a wrong answer (hazards W5). While nothing was delivered any request restarts: nobody saw the first try.
 
-`ROWS` has one row for each field of `Sampling`. A field without a row is refused: a parameter added to the wire tomorrow is
+`ROWS` has one row for each field of `Sampling`. A field without a row is refused: a parameter added tomorrow is
 not carried until somebody has said here why it can be.
 """
 
@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from interlock.wire.engine_messages import Sampling
+from interlock.core.sampling import Sampling
 
 
 class Continue(msgspec.Struct, frozen=True):
@@ -55,23 +55,23 @@ class Row(msgspec.Struct, frozen=True):
     why: str
 
 
-def always(_: Sampling) -> bool:
+def _always(_: Sampling) -> bool:
     return True
 
 
-def greedy(sampling: Sampling) -> bool:
+def _greedy(sampling: Sampling) -> bool:
     return sampling.temperature == 0.0
 
 
 ROWS: dict[str, Row] = {
-    "max_tokens": Row(always, "restated: less what was delivered"),
-    "min_tokens": Row(always, "restated: less what was delivered, at least 0"),
-    "temperature": Row(always, "scales each token's distribution by itself"),
-    "top_p": Row(always, "cuts each token's distribution by itself"),
-    "top_k": Row(always, "cuts each token's distribution by itself"),
-    "min_p": Row(always, "cuts each token's distribution by itself"),
+    "max_tokens": Row(_always, "restated: less what was delivered"),
+    "min_tokens": Row(_always, "restated: less what was delivered, at least 0"),
+    "temperature": Row(_always, "scales each token's distribution by itself"),
+    "top_p": Row(_always, "cuts each token's distribution by itself"),
+    "top_k": Row(_always, "cuts each token's distribution by itself"),
+    "min_p": Row(_always, "cuts each token's distribution by itself"),
     "seed": Row(
-        lambda s: s.seed is None or greedy(s),
+        lambda s: s.seed is None or _greedy(s),
         "its random stream would begin again in the middle; without temperature nothing is drawn from it",
     ),
     "presence_penalty": Row(
@@ -83,12 +83,12 @@ ROWS: dict[str, Row] = {
         "it counts output tokens alone, and those already delivered would count as prompt",
     ),
     "repetition_penalty": Row(
-        always, "looks at prompt and output as one (vLLM apply_penalties: prompt_mask | output_mask)"
+        _always, "looks at prompt and output as one (vLLM apply_penalties: prompt_mask | output_mask)"
     ),
-    "stop_token_ids": Row(always, "each token is compared by itself"),
-    "ignore_eos": Row(always, "each token is compared by itself"),
-    "logit_bias": Row(always, "the same sum for each token, whatever came before"),
-    "logprobs": Row(always, "each token's own; those of delivered tokens were delivered with them"),
+    "stop_token_ids": Row(_always, "each token is compared by itself"),
+    "ignore_eos": Row(_always, "each token is compared by itself"),
+    "logit_bias": Row(_always, "the same sum for each token, whatever came before"),
+    "logprobs": Row(_always, "each token's own; those of delivered tokens were delivered with them"),
 }
 
 
