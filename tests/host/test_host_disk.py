@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -80,8 +80,10 @@ def test_a_mapped_file_keeps_what_was_stored_and_its_size(directory: RealDirecto
         directory.map("index", PAGE)
 
 
-def test_descriptors_are_closed_whatever_happens(directory: RealDirectory) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+def test_descriptors_are_closed_whatever_happens(
+    directory: RealDirectory, descriptors: Callable[[], set[str]]
+) -> None:
+    before = descriptors()
     directory.write_new("a", pages(1))
     directory.append("b", b"x")
     directory.append("b", b"y")
@@ -93,4 +95,4 @@ def test_descriptors_are_closed_whatever_happens(directory: RealDirectory) -> No
     directory.sync()
     assert directory.size("b") == 2
     assert directory.size("c") is None
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert descriptors() == before

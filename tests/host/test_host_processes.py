@@ -239,4 +239,5 @@ time.sleep(600)
     os.kill(child.pid, signal.SIGKILL)
     async with asyncio.timeout(20):
         await watch.wait_exited()
+    assert watch.exited
     watch.close()

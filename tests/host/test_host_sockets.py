@@ -8,7 +8,7 @@ import os
 import signal
 import stat
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,16 +81,18 @@ async def test_a_descriptor_arrives_with_the_first_byte_it_was_sent_with(
     assert server.take_fds() == []
 
 
-async def test_descriptors_nobody_takes_are_bounded_and_closed_with_the_stream(streams: Any) -> None:
+async def test_descriptors_nobody_takes_are_bounded_and_closed_with_the_stream(
+    streams: Any, descriptors: Callable[[], set[str]]
+) -> None:
     client, server = streams
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(descriptors())
     messages = FDS_WAITING_MAX // FDS_PER_MESSAGE_MAX + 1
     for _ in range(messages):
         await client.send(b"x", [0] * FDS_PER_MESSAGE_MAX)
     with pytest.raises(ConnectionError, match="descriptors"):
         await server.receive_exactly(messages)
     server.close()
-    assert len(os.listdir("/proc/self/fd")) < before + FDS_PER_MESSAGE_MAX
+    assert len(descriptors()) < before + FDS_PER_MESSAGE_MAX
 
 
 async def test_a_reader_that_takes_its_descriptors_gets_any_number_of_them(streams: Any) -> None:
@@ -133,6 +135,11 @@ async def test_a_peer_that_leaves_is_seen_as_the_end(streams: Any) -> None:
         await server.receive_exactly(8)
     with pytest.raises(ConnectionError):
         await server.send(b"anybody?")
+
+
+async def test_an_address_that_cannot_be_had_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/absent/a.sock"):
+        sockets.listen_unix(f"{tmp_path}/absent/a.sock")
 
 
 async def test_closing_a_stream_wakes_its_reader_and_its_writer(streams: Any) -> None:

@@ -82,11 +82,13 @@ class BulkSocket:
         self._at = ctypes.byref(self._message)
 
     def fileno(self) -> int:
+        """For `BulkPool.add`; -1 after `close`."""
         return self._sock.fileno()
 
     # --- on the loop: the greeting ---------------------------------------------------------------------------------
 
     async def say(self, data: bytes) -> None:
+        """All of `data`. Raises `ConnectionError`."""
         try:
             await asyncio.get_running_loop().sock_sendall(self._sock, data)
         except OSError as error:
@@ -126,18 +128,19 @@ class BulkSocket:
         except OSError as error:
             raise broken(error) from error
 
-    def receive(self, count: int, fds: list[int]) -> bytes | None:
-        """Up to `count` bytes without waiting; None when there are none yet. Raises `EOFError`, `ConnectionError`."""
+    def receive(self, count: int, fds: list[int], *, patient: bool = False) -> bytes | None:
+        """Up to `count` bytes; None when there are none yet (waiting a little where patient). Raises `EOFError`, `ConnectionError`."""
+        flags = 0 if patient else _NOW
         try:
             if self.is_unix:
                 data, ancillary, _, _ = self._sock.recvmsg(
-                    count, socket.CMSG_SPACE(16), socket.MSG_CMSG_CLOEXEC | _NOW
+                    count, socket.CMSG_SPACE(16), socket.MSG_CMSG_CLOEXEC | flags
                 )
                 for level, kind, payload in ancillary:
                     if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                         fds.extend(struct.unpack(f"{len(payload) // 4}i", payload))
             else:
-                data = self._sock.recv(count, _NOW)
+                data = self._sock.recv(count, flags)
         except BlockingIOError:
             return None
         except OSError as error:
@@ -196,6 +199,7 @@ class BulkListener:
 
     @property
     def port(self) -> int:
+        """The TCP port; 0 for a Unix socket."""
         return 0 if self._path else int(self._sock.getsockname()[1])
 
     async def accept(self) -> BulkSocket:

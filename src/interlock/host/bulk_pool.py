@@ -51,6 +51,7 @@ class BulkPool:
         self._epoll.register(fd, select.EPOLLONESHOT)
 
     def arm(self, fd: int, events: int) -> None:
+        """Calls the handler of `fd` once, on one of the threads, when one of `events` (epoll's) is there."""
         self._epoll.modify(fd, events | select.EPOLLONESHOT)
 
     def remove(self, fd: int) -> None:

@@ -57,6 +57,7 @@ class TlsSocket(BulkSocket):
         await self._on_loop(self._tls.do_handshake)
 
     async def say(self, data: bytes) -> None:
+        """All of `data`, enciphered. Raises `ConnectionError`."""
         rest = memoryview(data)
         while rest:
             rest = rest[await self._on_loop(self._tls.send, rest) :]
@@ -104,11 +105,11 @@ class TlsSocket(BulkSocket):
         except OSError as error:
             raise broken(error) from error
 
-    def receive(self, count: int, fds: list[int]) -> bytes | None:  # noqa: ARG002 - none come over TLS
+    def receive(self, count: int, fds: list[int], *, patient: bool = False) -> bytes | None:
         try:
             data: bytes = self._tls.recv(count)
         except _WAITS:
-            return None
+            return self.receive(count, fds) if patient and self._wait(select.POLLIN) else None
         except OSError as error:
             raise broken(error) from error
         if not data:

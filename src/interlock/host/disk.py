@@ -20,13 +20,10 @@ from pathlib import Path
 
 from interlock.core.errors import InterlockError
 from interlock.host.base import DirectoryEntry, Piece
+from interlock.host.direct import PAGE_BYTES, DirectOpener, plain_files, read_all, write_all
 
-PAGE_BYTES = 4096
-CHUNK_BYTES = 4 * 1024 * 1024
-"""One call to the disk; larger ones gain nothing (measured)."""
 OWNER_BYTES_MAX = 1024
 _PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01
-_NO_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)
 
 
 class DirectoryBusy(InterlockError, OSError):  # noqa: N818 - says what is
@@ -71,7 +68,7 @@ class RealDirectory:
         self.path = path
         self._fd: int | None = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._lock: int | None = None
-        self._direct = True
+        self._opener = DirectOpener()
         try:
             found = os.fstat(self._fd)
             if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
@@ -110,15 +107,9 @@ class RealDirectory:
         """The plain files of this directory, or of a folder in it, by name."""
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._at)
         try:
-            with os.scandir(fd) as entries:
-                found = [(entry.name, entry.stat(follow_symlinks=False)) for entry in entries]
+            return plain_files(fd)
         finally:
             os.close(fd)
-        return sorted(
-            DirectoryEntry(name, status.st_size, status.st_blocks * 512)
-            for name, status in found
-            if stat.S_ISREG(status.st_mode)
-        )
 
     def make_folder(self, name: str) -> None:
         with contextlib.suppress(FileExistsError):
@@ -149,12 +140,9 @@ class RealDirectory:
 
         `data` is page-aligned memory of whole pages: it goes to the disk without a copy in between.
         """
-        fd = self._open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        fd = self._opener.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, self._at, aligned=True)
         try:
-            at = 0
-            while at < len(data):
-                at += os.pwrite(fd, data[at : at + CHUNK_BYTES], at)
-            os.fsync(fd)
+            write_all(fd, data)
         finally:
             os.close(fd)
 
@@ -172,10 +160,10 @@ class RealDirectory:
     def read(self, name: str, pieces: Sequence[Piece]) -> None:
         """Fills each piece's buffer from its offset. Raises `EOFError` when the file ends before, `OSError`."""
         aligned = all(not (piece.offset | len(piece.into)) % PAGE_BYTES for piece in pieces)
-        fd = self._open(name, os.O_RDONLY, direct=aligned)
+        fd = self._opener.open(name, os.O_RDONLY, self._at, aligned=aligned)
         try:
             for piece in pieces:
-                _read_all(fd, piece, name)
+                read_all(fd, piece.into, piece.offset, name)
         finally:
             os.close(fd)
 
@@ -210,27 +198,6 @@ class RealDirectory:
             if fd is not None:
                 os.close(fd)
         self._lock = self._fd = None
-
-    def _open(self, name: str, flags: int, *, direct: bool = True) -> int:
-        flags |= os.O_CLOEXEC
-        if direct and self._direct:
-            try:
-                return os.open(name, flags | os.O_DIRECT, 0o600, dir_fd=self._at)
-            except OSError as error:
-                if error.errno not in _NO_DIRECT:
-                    raise
-                self._direct = False  # this file system has none; the page cache serves
-                flags &= ~os.O_EXCL  # the refused open may have made the file
-        return os.open(name, flags, 0o600, dir_fd=self._at)
-
-
-def _read_all(fd: int, piece: Piece, name: str) -> None:
-    at, into = 0, piece.into
-    while at < len(into):
-        got = os.preadv(fd, [into[at : at + CHUNK_BYTES]], piece.offset + at)
-        if got <= 0:
-            raise EOFError(f"{name} ends before byte {piece.offset + len(into)}")
-        at += got
 
 
 _libc = ctypes.CDLL(None, use_errno=True)

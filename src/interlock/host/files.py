@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -36,6 +37,18 @@ class RealFiles:
                 os.unlink(temporary)
             raise
         _sync_directory(path.parent)
+
+    def write_in_place(self, path: Path, pieces: Sequence[tuple[int, bytes]]) -> None:
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            for offset, data in pieces:
+                rest = memoryview(data)
+                while rest:
+                    written = os.pwrite(fd, rest, offset)
+                    rest, offset = rest[written:], offset + written
+            os.fdatasync(fd)
+        finally:
+            os.close(fd)
 
     def set_aside(self, path: Path) -> Path:
         aside = path.with_name(f"{path.name}.unreadable-{os.urandom(4).hex()}")

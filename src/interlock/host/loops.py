@@ -8,6 +8,8 @@ import threading
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from interlock.core.errors import LocalProtocolError
+
 T = TypeVar("T")
 
 
@@ -24,7 +26,17 @@ class LoopThread:
         self.loop.run_forever()
 
     def call(self, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
-        """What the coroutine returns or raises. Raises `TimeoutError`, and cancels it, after `timeout_s`."""
+        """What the coroutine returns or raises. Raises `TimeoutError`, and cancels it, after `timeout_s`.
+
+        Raises `LocalProtocolError` where it could never be done: after `close`, or on the loop's own thread.
+        """
+        if self.loop.is_closed() or threading.current_thread() is self._thread:
+            work.close()
+            if self.loop.is_closed():
+                raise LocalProtocolError("it was closed", hint="make another one")
+            raise LocalProtocolError(
+                "this is its own loop, which must not wait", hint="call it from a thread"
+            )
         future = asyncio.run_coroutine_threadsafe(work, self.loop)
         try:
             return future.result(timeout_s)

@@ -46,6 +46,7 @@ def _prepared(sock: socket.socket) -> socket.socket:
 
 
 def port_of(sock: socket.socket) -> int:
+    """The port that a bound TCP socket has, also where 0 was asked for."""
     return int(sock.getsockname()[1])
 
 

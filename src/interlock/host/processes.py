@@ -41,6 +41,7 @@ class Entry(NamedTuple):
 
 
 def list_processes() -> list[Entry]:
+    """All that /proc shows now, without those that vanished while it was read."""
     found = []
     for name in os.listdir("/proc"):
         if name.isdecimal():

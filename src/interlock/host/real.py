@@ -22,6 +22,8 @@ T = TypeVar("T")
 
 
 class RealClock:
+    """`Clock` on Linux."""
+
     def monotonic_s(self) -> float:
         return time.monotonic()
 

@@ -59,6 +59,7 @@ def connect_unix(sock: socket.socket, path: str) -> None:
 
 
 def describe_peer(sock: socket.socket, address: str) -> Peer:
+    """Who connected, by SO_PEERCRED over Unix sockets; over TCP the address alone."""
     if sock.family != socket.AF_UNIX:
         return Peer(address)
     credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
@@ -108,6 +109,7 @@ def transmit(sock: socket.socket, data: memoryview, fds: Sequence[int]) -> int:
 
 
 def broken(error: OSError) -> ConnectionError:
+    """The same failure as a `ConnectionError`, which is what callers of a stream expect."""
     return error if isinstance(error, ConnectionError) else ConnectionResetError(str(error))
 
 
@@ -127,8 +129,11 @@ def listen_unix(path: str) -> socket.socket:
                     raise FileExistsError(
                         f"{path}: another process listens there; stop it or use another directory"
                     )
-        with short_path(path) as name:
-            sock.bind(name)
+        try:
+            with short_path(path) as name:
+                sock.bind(name)
+        except OSError as error:  # the kernel does not say which
+            raise OSError(error.errno, error.strerror, path) from error
         sock.listen(BACKLOG)
         sock.setblocking(False)
     except BaseException:

@@ -175,6 +175,7 @@ def _wake(waiter: asyncio.Future[None]) -> None:
 
 
 async def connect_stream(address: str) -> SocketStream:
+    """`Host.connect`: raises `ConnectionError` in words, `ValueError` for what is no address. A name's addresses are tried in turn."""
     kind, name, port = parse_address(address)
     if kind == "unix":
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -259,6 +260,7 @@ class SocketListener:
 
 
 async def listen(address: str, serve: Callable[[Stream], Awaitable[None]]) -> SocketListener:
+    """`Host.listen`: raises `OSError` when the address cannot be had, `ValueError` for what is none."""
     kind, name, port = parse_address(address)
     if kind == "unix":
         return SocketListener(listen_unix(name), address, name, serve)

@@ -133,6 +133,7 @@ def shared_memory_of(root: int) -> set[str]:
 
 
 def remove_shared_memory(names: Iterable[str]) -> None:
+    """Names under /dev/shm; what is gone already, or is another user's, is passed over."""
     for name in names:
         if "/" not in name and name not in (".", ".."):
             with contextlib.suppress(FileNotFoundError, PermissionError):

@@ -18,6 +18,7 @@ T = TypeVar("T")
 
 Condition = threading.Condition
 Event = threading.Event
+Local = threading.local
 Lock = threading.Lock
 Thread = threading.Thread
 

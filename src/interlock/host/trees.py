@@ -12,7 +12,6 @@ import errno
 import mmap
 import os
 import resource
-import stat
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -21,13 +20,13 @@ from types import TracebackType
 from typing import Protocol
 
 from interlock.host.base import DirectoryEntry
-from interlock.host.disk import CHUNK_BYTES, PAGE_BYTES, RealDirectory
+from interlock.host.direct import PAGE_BYTES, DirectOpener, plain_files, read_all, write_all
+from interlock.host.disk import RealDirectory
 
 EMPTY_ROUNDS_MAX = 16
 """How often a folder is listed again because a writer put something into it meanwhile (hazards x1d)."""
 SMALL_BYTES_MAX = 1 << 16
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
-_NO_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)
 
 
 class Folder(Protocol):
@@ -41,7 +40,9 @@ class Folder(Protocol):
         """The whole file in memory that `allocate(size)` gives. Raises `OSError`."""
         ...
 
-    def list(self) -> Sequence[DirectoryEntry]: ...
+    def list(self) -> Sequence[DirectoryEntry]:
+        """Its plain files, by name."""
+        ...
 
     def move(self, name: str, to: str) -> None:
         """Renames a file of this folder to `to`, a path in the tree."""
@@ -51,29 +52,41 @@ class Folder(Protocol):
         """Nothing if there is no such file."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Gives the descriptor back; the directory stays. Idempotent."""
+        ...
 
 
 class Tree(Protocol):
     """The directory at the top. Paths are relative to it, without `..`."""
 
-    def make_folder(self, name: str) -> None: ...
+    def make_folder(self, name: str) -> None:
+        """A folder of mode 0700; nothing if it is there."""
+        ...
 
     def make_opened(self, name: str) -> Folder:
         """A new directory, open. Raises `FileExistsError`, `OSError`."""
         ...
 
-    def open_folder(self, name: str) -> Folder: ...
+    def open_folder(self, name: str) -> Folder:
+        """Raises `FileNotFoundError`, `OSError` (a link is not followed)."""
+        ...
 
     def folders(self, name: str) -> Sequence[str]:
         """Names of the directories in directory `name`."""
         ...
 
-    def list(self, folder: str = ".") -> Sequence[DirectoryEntry]: ...
+    def list(self, folder: str = ".") -> Sequence[DirectoryEntry]:
+        """The plain files of a directory, by name."""
+        ...
 
-    def rename(self, name: str, to: str) -> None: ...
+    def rename(self, name: str, to: str) -> None:
+        """A file or a directory. Raises `FileNotFoundError`, `OSError`."""
+        ...
 
-    def remove(self, name: str) -> None: ...
+    def remove(self, name: str) -> None:
+        """A file; nothing if there is none."""
+        ...
 
     def empty(self, name: str) -> bool:
         """Removes a directory with all that is in it; False if writers were quicker. True if there is none."""
@@ -83,21 +96,33 @@ class Tree(Protocol):
         """Files in a directory and below, and their bytes."""
         ...
 
-    def sync_folder(self, name: str) -> None: ...
+    def sync_folder(self, name: str) -> None:
+        """The names in that directory survive a power cut after this."""
+        ...
 
-    def read_small(self, name: str) -> bytes | None: ...
+    def read_small(self, name: str) -> bytes | None:
+        """The first 64 KiB of a file; None if there is none."""
+        ...
 
     def write_small(self, name: str, data: bytes) -> None:
         """Old or new after a crash, never half."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Lets another have the directory. Idempotent."""
+        ...
 
 
 class RunningThread(Protocol):
-    def is_alive(self) -> bool: ...
+    """A thread that was started, as `threading.Thread` has it."""
 
-    def join(self, timeout: float | None = None) -> None: ...
+    def is_alive(self) -> bool:
+        """False once its function has returned or raised."""
+        ...
+
+    def join(self, timeout: float | None = None) -> None:
+        """Waits for its end, at most `timeout` seconds; `is_alive` says which it was."""
+        ...
 
 
 class Changes(Protocol):
@@ -109,21 +134,33 @@ class Changes(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
     ) -> None: ...
 
-    def wait(self, timeout: float | None = None) -> bool: ...
+    def wait(self, timeout: float | None = None) -> bool:
+        """Lets go of the mutex until somebody notifies; False after `timeout` seconds."""
+        ...
 
-    def notify_all(self) -> None: ...
+    def notify_all(self) -> None:
+        """Wakes whoever waits; the caller holds the mutex."""
+        ...
 
 
 class ThreadHost(Protocol):
     """Time, threads and a tree, for code that blocks in threads of its own."""
 
-    def monotonic_s(self) -> float: ...
+    def monotonic_s(self) -> float:
+        """Seconds on a clock that never steps back; its zero means nothing."""
+        ...
 
-    def wall_ns(self) -> int: ...
+    def wall_ns(self) -> int:
+        """Wall-clock time in nanoseconds since 1970; may step back."""
+        ...
 
-    def changes(self) -> Changes: ...
+    def changes(self) -> Changes:
+        """A new condition with a mutex of its own."""
+        ...
 
-    def start_thread(self, name: str, function: Callable[[], None]) -> RunningThread: ...
+    def start_thread(self, name: str, function: Callable[[], None]) -> RunningThread:
+        """Runs `function` on a thread that keeps no process from leaving."""
+        ...
 
     def open_tree(self, path: Path, owner: str) -> Tree:
         """Raises `DirectoryBusy` naming who has it, `PermissionError`, `OSError`."""
@@ -154,55 +191,38 @@ class RealFolder:
     def __init__(self, fd: int, top: RealTree) -> None:
         self._fd: int | None = fd
         self._top = top
-        self._direct = True
+        self._opener = DirectOpener()
 
     @property
     def at(self) -> int:
+        """The descriptor. Raises `ValueError` after `close`."""
         if self._fd is None:
             raise ValueError("this folder is closed here")
         return self._fd
 
     def write(self, name: str, data: memoryview) -> None:
         temporary = f"{name}.tmp"
-        fd = self._create(temporary, is_aligned=len(data) % PAGE_BYTES == 0)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        fd = self._opener.open(temporary, flags, self.at, aligned=len(data) % PAGE_BYTES == 0)
         try:
-            at = 0
-            while at < len(data):
-                at += os.pwrite(fd, data[at : at + CHUNK_BYTES], at)
-            os.fsync(fd)
+            write_all(fd, data)
         finally:
             os.close(fd)
         os.rename(temporary, name, src_dir_fd=self.at, dst_dir_fd=self.at)
         os.fsync(self.at)
 
-    def _create(self, name: str, *, is_aligned: bool) -> int:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        if is_aligned and self._direct:
-            try:
-                return os.open(name, flags | os.O_DIRECT, 0o600, dir_fd=self.at)
-            except OSError as error:
-                if error.errno not in _NO_DIRECT:
-                    raise
-                self._direct = False  # this file system has none; the page cache serves
-                flags &= ~os.O_EXCL  # the refused open may have made the file
-        return os.open(name, flags, 0o600, dir_fd=self.at)
-
     def read(self, name: str, allocate: Callable[[int], memoryview]) -> memoryview:
         fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self.at)
         try:
             size = os.fstat(fd).st_size
-            into, at = allocate(size), 0
-            while at < size:
-                got = os.preadv(fd, [into[at : at + CHUNK_BYTES]], at)
-                if got <= 0:
-                    raise EOFError(f"{name} ends at byte {at} of {size}")
-                at += got
+            into = allocate(size)
+            read_all(fd, into[:size], 0, name)
             return into
         finally:
             os.close(fd)
 
     def list(self) -> list[DirectoryEntry]:
-        return _plain_files(self.at)
+        return plain_files(self.at)
 
     def move(self, name: str, to: str) -> None:
         os.rename(name, to, src_dir_fd=self.at, dst_dir_fd=self._top.at)
@@ -222,6 +242,7 @@ class RealTree(RealDirectory):
 
     @property
     def at(self) -> int:
+        """The descriptor of the directory at the top."""
         return self._at
 
     def make_opened(self, name: str) -> RealFolder:
@@ -306,16 +327,6 @@ class RealTree(RealDirectory):
             os.close(fd)
         self.rename(f"{name}.tmp", name)
         self.sync()
-
-
-def _plain_files(fd: int) -> list[DirectoryEntry]:
-    with os.scandir(fd) as entries:
-        found = [(entry.name, entry.stat(follow_symlinks=False)) for entry in entries]
-    return sorted(
-        DirectoryEntry(name, status.st_size, status.st_blocks * 512)
-        for name, status in found
-        if stat.S_ISREG(status.st_mode)
-    )
 
 
 def page_memory(size_bytes: int) -> memoryview:
