@@ -12,7 +12,7 @@ sides run the same number of engine processes on this machine, from whole proces
 * `requests`: prompts of token ids, one token back, as the process that accepts HTTP sees them: ours from `Dispatcher.submit` over the
   engines' sockets, Megatron's from `InferenceClient.add_request` over its coordinator.
 * `http`: the same prompts as JSON to a front's port, against Megatron's own server with as many front processes.
-* `alone`: one request at a time, and what our dispatcher adds to a bare question and answer between the same two processes.
+* `alone`: one request at a time, and what our dispatcher and our HTTP front add to a bare question to the same engine process, by turns.
 """
 
 from __future__ import annotations
@@ -172,6 +172,10 @@ class Bench:
                         times.setdefault((name, what), []).extend(each)
             for (name, what), each in times.items():
                 self._spread(f"alone, {size} tokens, {what.removesuffix('_ms')}", name, each)
+            bare = times["ours", "bare_ms"]
+            for what in ("dispatched", "http"):
+                added = [a - b for a, b in zip(times["ours", f"{what}_ms"], bare, strict=True)]
+                self._spread(f"alone, {size} tokens, added: {what} less bare", "ours", added)
 
 
 def _middle(answers: list[dict[str, Any]]) -> dict[str, Any]:

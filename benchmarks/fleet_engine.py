@@ -41,7 +41,7 @@ class BenchEngine(Engine):
         self._step_s = step_s
         self._loop: asyncio.Task[None] | None = None
         self._running: dict[str, asyncio.Queue[Progress]] = {}
-        self._may_step, self._stands = asyncio.Event(), asyncio.Event()
+        self._may_step, self._stands, self._busy = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._may_step.set()
         self._stands.set()
 
@@ -58,6 +58,7 @@ class BenchEngine(Engine):
             yield Progress([TOKEN] * work.sampling.max_tokens, [], "length", 0)
             return
         queue = self._running[work.key] = asyncio.Queue()
+        self._busy.set()
         try:
             for made in range(1, work.sampling.max_tokens + 1):
                 progress = await queue.get()
@@ -67,11 +68,14 @@ class BenchEngine(Engine):
                     return
         finally:
             del self._running[work.key]
+            if not self._running:
+                self._busy.clear()
 
     async def _step_on(self) -> None:
-        """A step that was begun is ended, as on a device: a pause waits for it."""
+        """A step that was begun is ended, as on a device: a pause waits for it. Without requests there are none."""
         while True:
             await self._may_step.wait()
+            await self._busy.wait()
             self._stands.clear()
             await asyncio.sleep(self._step_s)
             for queue in self._running.values():

@@ -2,13 +2,15 @@
 
 Answers on standard input (`harness.answer`): {"do": "pause", "busy": bool, "count": n} with the milliseconds of each;
 {"do": "requests", "prompt": tokens, "in_flight": n, "seconds": s} over the dispatcher's interface, in this process as in a
-front's; {"do": "http", …} the same through the front process's port; {"do": "alone", "count": n} one request at a time, and a
-bare question and answer between the same two processes.
+front's; {"do": "http", …} the same through the front process's port; {"do": "alone", "count": n} one request at a time, by each of
+these ways and as a bare question and answer with an engine process.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import json
 import os
 import random
@@ -16,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from fleet_common import STEP_SECONDS, drive, post, prompts
 from harness import answer
 
 from interlock.core.errors import ChannelFault
+from interlock.core.sampling import Sampling
 from interlock.fleet.client import FleetClient
 from interlock.fleet.dispatcher import Dispatcher
 from interlock.fleet.generation import Generation
@@ -32,7 +36,7 @@ from interlock.host.loops import LoopThread
 from interlock.host.real import RealHost
 from interlock.testing.text_files import write_text_files
 from interlock.wire.channel import connect_channel
-from interlock.wire.engine_messages import Dispatch, FromEngine, Resume, Sampling
+from interlock.wire.engine_messages import Dispatch, FromEngine, Resume
 from interlock.wire.identity import passing_identity
 from interlock.wire.token_ids import pack_ids
 
@@ -156,12 +160,7 @@ class Ours:
             case {"do": "http", "prompt": tokens, "in_flight": in_flight, "seconds": seconds}:
                 return await self._http(tokens, in_flight, seconds)
             case {"do": "alone", "count": count, "prompt": tokens}:
-                fleet, prompt = await self._fleet("instant", 0.0), prompts(tokens)[0]
-                return {
-                    "dispatched_ms": await timed(lambda: fleet.ask(prompt), count),
-                    "bare_ms": await self._bare(fleet, tokens, count),
-                    "http_ms": await self._http_alone(tokens, count),
-                }
+                return await self._alone(tokens, count)
         raise ValueError(f"{question} is no question")
 
     async def _fleet(self, name: str, step_s: float) -> Fleet:
@@ -211,45 +210,55 @@ class Ours:
         numbers = [[number] for number in range(len(bodies))]
         return await drive(ask, numbers, in_flight, seconds, fleet.pids())
 
-    async def _http_alone(self, tokens: int, count: int) -> list[float]:
-        """The same through the front's port: what a client waits for an engine that takes no time."""
+    async def _alone(self, tokens: int, count: int) -> dict[str, list[float]]:
+        """One request at a time, by turns: through the front's port, through a dispatcher, and as words on a channel to an engine
+        process, whose first frame is the answer. The engine takes no time, so the last is what the others add to."""
         fleet = await self._fleet("instant", 0.0)
         port = self._port = self._port or await fleet.serve_http()
-        body = completion(prompts(tokens, HTTP_VOCABULARY)[0])
+        body, prompt = completion(prompts(tokens, HTTP_VOCABULARY)[0]), prompts(tokens)[0]
         connections: list[Any] = []
-        times = await timed(lambda: post(port, body, connections), count)
+        async with bare_engine(fleet, prompt) as bare:
+            ways = {
+                "http_ms": lambda: post(port, body, connections),
+                "dispatched_ms": lambda: fleet.ask(prompt),
+                "bare_ms": bare,
+            }
+            times: dict[str, list[float]] = {name: [] for name in ways}
+            for _ in range(count):
+                for name, ask in ways.items():
+                    times[name] += await timed(ask, 1)
         connections[0][1].close()
         return times
-
-    async def _bare(self, fleet: Fleet, tokens: int, count: int) -> list[float]:
-        """The same dispatch as words on a channel to the same engine process, and its first frame back: no dispatcher."""
-        me = passing_identity(fleet.host, "probe")
-        view = fleet.dispatcher.membership
-        assert view is not None
-        channel = await connect_channel(
-            fleet.host, view.members[0].facts.address, me=me, role="front", accept=FromEngine, deadline_s=5.0
-        )
-        messages = channel.messages()
-        await channel.send(Resume([]))
-        prompt, asked = pack_ids(prompts(tokens)[0]), 0
-
-        async def ask() -> None:
-            nonlocal asked
-            asked += 1
-            await channel.send(Dispatch(f"p{asked}", 1, view.epoch, prompt, ONE, "0::0"))
-            await anext(messages)
-            await channel.send(Resume([]))  # the engine forgets it
-
-        try:
-            return await timed(ask, count)
-        finally:
-            await channel.close()
 
     async def close(self) -> None:
         for _, writer in self._connections:
             writer.close()
         for fleet in self._fleets.values():
             await fleet.close()
+
+
+@contextlib.asynccontextmanager
+async def bare_engine(fleet: Fleet, prompt: list[int]) -> AsyncIterator[Callable[[], Awaitable[None]]]:
+    """Asks an engine process without a dispatcher: a dispatch on a channel, and its first frame back."""
+    me = passing_identity(fleet.host, "probe")
+    view = fleet.dispatcher.membership
+    assert view is not None
+    channel = await connect_channel(
+        fleet.host, view.members[0].facts.address, me=me, role="front", accept=FromEngine, deadline_s=5.0
+    )
+    messages = channel.messages()
+    await channel.send(Resume([]))
+    packed, numbers = pack_ids(prompt), itertools.count(1)
+
+    async def ask() -> None:
+        await channel.send(Dispatch(f"p{next(numbers)}", 1, view.epoch, packed, ONE, "0::0"))
+        await anext(messages)
+        await channel.send(Resume([]))  # the engine forgets it
+
+    try:
+        yield ask
+    finally:
+        await channel.close()
 
 
 def completion(prompt: list[int]) -> bytes:

@@ -15,6 +15,7 @@ sys.path.append(str(Path(__file__).parent))
 
 from scripted_engine import ScriptedEngine
 
+from interlock.core.sampling import Sampling
 from interlock.fleet.client import FleetClient
 from interlock.fleet.coordinator import Coordinator, CoordinatorConfig
 from interlock.fleet.dispatcher import Dispatcher
@@ -22,7 +23,6 @@ from interlock.fleet.generation import Generation
 from interlock.fleet.ledger import GenerationRequest
 from interlock.host.base import Child
 from interlock.host.real import RealHost
-from interlock.wire.engine_messages import Sampling
 from interlock.wire.fleet_messages import Member
 from interlock.wire.identity import load_identity, passing_identity
 

@@ -44,6 +44,7 @@ from interlock.wire.engine_messages import (
     Cursor,
     Delta,
     Dispatch,
+    DispatchAll,
     FromFront,
     Refused,
     Resume,
@@ -229,8 +230,12 @@ class ScriptedEngine:
 
     async def _serve(self, channel: Channel) -> None:
         async for received in channel.messages():
-            self.heard.append(received.body)
-            match received.body:
+            body = received.body
+            self.heard += body.dispatches if isinstance(body, DispatchAll) else [body]
+            match body:
+                case DispatchAll(dispatches):
+                    for dispatch in dispatches:
+                        await self._dispatch(channel, dispatch)
                 case Resume(streams):
                     self.channel = channel
                     await self._resume(channel, streams)

@@ -28,7 +28,7 @@ def main() -> None:
     run_dir = Path(folder)
     behaviour = json.loads((run_dir / f"{name}.json").read_text())
     mark = ChildMark(run_dir)
-    count(run_dir / f"{name}.starts")
+    starts = count(run_dir / f"{name}.starts")
     if behaviour.get("fail"):
         (run_dir / f"{name}.failure").write_text(behaviour["fail"])
         sys.exit(1)
@@ -37,8 +37,9 @@ def main() -> None:
         (run_dir / f"{name}.grandchild").write_text(str(escaped.pid))
     (run_dir / f"{name}.pid.new").write_text(str(os.getpid()))
     (run_dir / f"{name}.pid.new").rename(run_dir / f"{name}.pid")
-    if kind == "engine" and not behaviour.get("hang"):
-        start_engine(name, run_dir)
+    hangs = behaviour.get("hang") or starts >= behaviour.get("hang_from_start", 1 << 30)
+    if kind == "engine" and not hangs:
+        start_engine(name, run_dir, dies_when_stopped=behaviour.get("die_when_stopped", False))
     if kind == "front":
         start_http(behaviour["port"])
     if kind == "store":
@@ -48,9 +49,10 @@ def main() -> None:
     threading.Event().wait()
 
 
-def count(path: Path) -> None:
+def count(path: Path) -> int:
     with path.open("a") as file:
         file.write(f"{time.monotonic()}\n")
+    return len(path.read_text().splitlines())
 
 
 def leave_with_supervisor(mark: ChildMark) -> None:
@@ -66,7 +68,7 @@ def leave(mark: ChildMark, status: int) -> None:
     os._exit(status)
 
 
-def start_engine(name: str, run_dir: Path) -> None:
+def start_engine(name: str, run_dir: Path, *, dies_when_stopped: bool) -> None:
     """A real runner with an engine that does nothing, so that the coordinator sees a real member."""
     import asyncio
 
@@ -74,6 +76,10 @@ def start_engine(name: str, run_dir: Path) -> None:
 
     from interlock.engines.runner import Runner, RunnerConfig
     from interlock.host.real import RealHost
+
+    class Dies(IdleEngine):
+        async def stop(self) -> None:
+            leave(ChildMark(run_dir), 9)
 
     async def run() -> int:
         config = RunnerConfig(
@@ -83,7 +89,7 @@ def start_engine(name: str, run_dir: Path) -> None:
             state_dir=run_dir / "state" / name,
             version="0",
         )
-        return await Runner(RealHost(), IdleEngine(), config).run()
+        return await Runner(RealHost(), Dies() if dies_when_stopped else IdleEngine(), config).run()
 
     def end_with_status() -> None:
         status = asyncio.run(run())

@@ -13,7 +13,8 @@ from interlock.cli.processes import encode_config
 from interlock.fleet.coordinator import CoordinatorConfig
 from interlock.fleet.launchers.local import LocalLauncher, Part
 from interlock.fleet.launchers.rundir import RunDir, RunDirBusy
-from interlock.fleet.supervisor import FleetPlan, Supervisor
+from interlock.fleet.plan import FleetPlan
+from interlock.fleet.supervisor import Supervisor
 from interlock.host.real import RealHost
 
 STAND_IN = Path(__file__).parent / "stand_in.py"
@@ -61,6 +62,8 @@ async def supervise(port: int, base: Path, behaviour: dict[str, dict[str, object
 
 
 if __name__ == "__main__":
+    # A shell without job control starts its background jobs, a test run among them, with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         sys.exit(asyncio.run(supervise(int(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))))
     except RunDirBusy as error:

@@ -175,7 +175,7 @@ async def test_a_member_behind_in_weights_gets_no_work(fleet: Fleet) -> None:
     await fleet.until(lambda: fleet.member("behind") is not None)
     for _ in range(4):
         fleet.ask(PROMPT, 3, engine="behind")
-    await fleet.until(lambda: not fleet.dispatcher._requests._queue)
+    await fleet.until(lambda: not fleet.dispatcher._requests.queue)
     assert not behind.said(Dispatch)
 
 
@@ -460,7 +460,7 @@ async def test_a_life_below_one_that_a_front_saw_end_is_told_so_though_the_coord
 ) -> None:
     """Found by the simulator (seed 3275): state lost, clock back, coordinator restarted; the front took no such member."""
     (a,) = await start(fleet, "a")
-    fleet.dispatcher._over["a"] = a.me.incarnation + 5
+    fleet.dispatcher._links.over["a"] = a.me.incarnation + 5
     coordinator = fleet.coordinator
     await fleet.until(lambda: coordinator._members._ends.get("a") == a.me.incarnation + 5)
     assert coordinator._members.record("a").sight == "HEARD"  # a front's word is no proof of an exit
@@ -471,18 +471,18 @@ async def test_a_life_below_one_that_a_front_saw_end_is_told_so_though_the_coord
 async def test_what_cannot_be_kept_is_not_begun(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     (a,) = await start(fleet, "a")
     before = fleet.coordinator.fleet
-    write = fleet.host.files.write_durably
+    write = fleet.host.files.write_in_place
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(fleet.host.files, "write_durably", full)
+    monkeypatch.setattr(fleet.host.files, "write_in_place", full)
     with pytest.raises(ChannelFault, match=r"could not keep.*No space") as refused:
         await fleet.client.pause(owner="t")
     assert refused.value.retryable
     assert fleet.coordinator.fleet == before
     assert a.targets[-1].epoch == before.epoch
-    monkeypatch.setattr(fleet.host.files, "write_durably", write)
+    monkeypatch.setattr(fleet.host.files, "write_in_place", write)
     assert (await fleet.client.pause(owner="t")).ok
 
 
@@ -490,7 +490,7 @@ async def test_a_state_file_that_cannot_be_read_is_a_lost_one(fleet: Fleet) -> N
     await start(fleet, "a")
     await fleet.client.pause(owner="trainer")
     await fleet.stop_coordinator()
-    (fleet.directory / "coordinator" / "coordinator.json").write_text('{"fleet": 1')
+    (fleet.directory / "coordinator" / "coordinator.state").write_text('{"fleet": 1')
     coordinator = await fleet.start_coordinator(expected=["a"], recovering_s=5.0)
     await fleet.until(lambda: coordinator.fleet.phase == "LEADING")
     await fleet.ready("a", state="PAUSED")

@@ -12,7 +12,7 @@ from interlock.core.roster import MemberRecord, Sight
 from interlock.core.targets import Hold, Mode, State
 from interlock.fleet import coordinator_state
 from interlock.fleet.command_book import CommandBook, judge
-from interlock.fleet.coordinator_state import CommandRecord, KnownMember, StateFile
+from interlock.fleet.coordinator_state import CommandRecord, CoordinatorFile, KnownMember
 from interlock.host.files import RealFiles
 from interlock.wire.fleet_messages import EngineFacts
 
@@ -39,8 +39,8 @@ class Machine:
         self.clock, self.files = Clock(monotonic_s, wall_s), RealFiles()
 
 
-def file(directory: Path, monotonic_s: float, wall_s: float) -> StateFile:
-    return StateFile(Machine(monotonic_s, wall_s), directory)  # type: ignore[arg-type]
+def file(directory: Path, monotonic_s: float, wall_s: float) -> CoordinatorFile:
+    return CoordinatorFile(Machine(monotonic_s, wall_s), directory)  # type: ignore[arg-type]
 
 
 def record(number: int = 1, *, done: bool = False, deadline_s: float = 150.0) -> CommandRecord:
@@ -89,7 +89,7 @@ def test_what_cannot_be_read_is_no_state_and_says_why(tmp_path: Path, content: b
 def test_what_could_not_be_read_back_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file(tmp_path, 100, 1000).save(FLEET, [], [])
     monkeypatch.setattr(coordinator_state, "COORDINATOR_STATE_BYTES_MAX", 10)
-    with pytest.raises(OSError, match="bytes of state"):
+    with pytest.raises(OSError, match="would keep"):
         file(tmp_path, 100, 1000).save(FLEET, [record()], [])
     monkeypatch.undo()
     assert file(tmp_path, 100, 1000).load()[0].commands == []

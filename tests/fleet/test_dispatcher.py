@@ -197,7 +197,7 @@ async def test_a_client_that_leaves_while_waiting_leaves_no_trace(fleet: Fleet) 
     stream = fleet.ask(PROMPT, 5)
     await stream.abort()
     fleet.dispatcher.check_integrity()
-    assert not fleet.dispatcher._requests._queue
+    assert not fleet.dispatcher._requests.queue
 
 
 async def test_an_abort_is_not_lost_with_its_connection(fleet: Fleet) -> None:

@@ -4,10 +4,10 @@ import asyncio
 
 import pytest
 
+from interlock.core.sampling import Sampling
 from interlock.fleet import generation as module
 from interlock.fleet.generation import Generation, RequestFailed
 from interlock.fleet.ledger import GenerationRequest
-from interlock.wire.engine_messages import Sampling
 
 
 async def never(_: str) -> None:

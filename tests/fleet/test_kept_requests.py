@@ -9,12 +9,13 @@ from interlock.core.fleet_state import FleetState, Phase
 from interlock.core.identity import Epoch
 from interlock.core.limits import NOTE_BYTES_MAX, SILENCE_SECONDS_MAX
 from interlock.core.roster import Condition
+from interlock.core.sampling import Sampling
 from interlock.core.targets import State
 from interlock.fleet.kept_fronts import KeptFronts
 from interlock.fleet.kept_requests import from_held, note_of
 from interlock.fleet.ledger import Entry, GenerationRequest
 from interlock.fleet.made import Made
-from interlock.wire.engine_messages import Held, Sampling, TokenLogprobs
+from interlock.wire.engine_messages import Held, TokenLogprobs
 from interlock.wire.fleet_messages import WatchMembership
 from interlock.wire.token_ids import pack_ids
 

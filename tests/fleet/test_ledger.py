@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from interlock.core.errors import LocalProtocolError
+from interlock.core.sampling import Sampling
 from interlock.fleet.ledger import GenerationRequest, Ledger, Life, Verdict
-from interlock.wire.engine_messages import Delta, Sampling, TokenLogprobs
+from interlock.wire.engine_messages import Delta, TokenLogprobs
 
 A, B = Life("a", 1), Life("b", 1)
 

@@ -369,13 +369,15 @@ async def test_requests_that_have_ended_leave_nothing_in_any_table(fleet: Fleet)
     requests = dispatcher._requests
     tables = (
         requests._generations,
-        requests._avoid,
-        requests._queue,
+        requests.avoided,
+        requests.queue,
+        requests.deadlines,
+        requests.unread,
         dispatcher._errands,
         requests.ledger._of_life,
     )
     assert not any(tables), tables
-    assert len(requests._deadlines) < TOMBSTONES_MAX
+    assert len(requests.deadlines._reminders) < TOMBSTONES_MAX
     assert dispatcher.in_flight() == {"": 0}
 
 

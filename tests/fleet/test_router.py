@@ -5,7 +5,7 @@ import pytest
 
 from interlock.core.identity import Epoch
 from interlock.fleet.ledger import Life
-from interlock.fleet.router import choose, life_of
+from interlock.fleet.router import Openings, life_of
 from interlock.wire.fleet_messages import EngineFacts, Load, Member, Membership
 
 FACTS = EngineFacts("unix:/x", "m", 100, "scripted")
@@ -20,8 +20,12 @@ def view(*members: Member, target: str = "RUNNING") -> Membership:
     return Membership(Epoch(1, 1), target, "7", [], list(members))
 
 
+def openings(fleet: Membership, own: dict[str, int] | None = None) -> Openings:
+    return Openings(fleet, lambda life: (own or {}).get(life.name, 0), lambda _: True)
+
+
 def chosen(fleet: Membership, own: dict[str, int] | None = None, **more: object) -> str | None:
-    found = choose(fleet, lambda life: (own or {}).get(life.name, 0), lambda _: True, **more)  # type: ignore[arg-type]
+    found = openings(fleet, own).choose(**more)  # type: ignore[arg-type]
     return found.name if found else None
 
 
@@ -62,11 +66,16 @@ def test_a_preference_is_followed_only_where_it_can_work() -> None:
 
 def test_who_just_failed_is_taken_only_where_nobody_else_is_left() -> None:
     fleet = view(member("a"), member("b", running=9))
-    assert chosen(fleet, avoid=[Life("a", 1)], prefer="a") == "b"
-    assert chosen(view(member("a")), avoid=[Life("a", 1)]) == "a"
+    assert chosen(fleet, avoid=Life("a", 1), prefer="a") == "b"
+    assert chosen(view(member("a")), avoid=Life("a", 1)) == "a"
 
 
 def test_who_cannot_be_reached_is_not_chosen() -> None:
     fleet = view(member("a"), member("b", running=9))
-    assert choose(fleet, lambda _: 0, lambda life: life.name == "b") == member("b", running=9)
+    assert Openings(fleet, lambda _: 0, lambda life: life.name == "b").choose() == member("b", running=9)
     assert life_of(fleet.members[0]) == Life("a", 1)
+
+
+def test_what_goes_out_in_one_turn_counts_at_once() -> None:
+    turn = openings(view(member("a"), member("b", running=2)), {"a": 1})
+    assert [found.name for _ in range(6) if (found := turn.choose())] == ["a", "b", "b", "a", "b", "a"]

@@ -87,6 +87,55 @@ async def test_a_started_fleet_has_the_weights_it_had_or_those_that_start_names(
         assert [step.weights for step in engine.taken if step.step == "UPDATE"] == ["/weights/v5"]
 
 
+@pytest.mark.parametrize("restarted_within", [False, True])
+async def test_the_last_words_of_the_life_before_are_not_taken_for_those_of_the_life_that_start_launches(
+    fleet: Fleet, restarted_within: bool
+) -> None:
+    """STOP is done when all have said STOPPED; START may come before their processes are gone, or a coordinator's death between."""
+    await fleet.start_coordinator(launches=True, expected=NAMES, exit_is_proof=False)
+    engines = [await fleet.engine(name) for name in NAMES]
+    await fleet.start_dispatcher()
+    await fleet.ready(*NAMES)
+    assert (await fleet.client.stop(owner="t", composite=True)).ok
+    starting = asyncio.create_task(fleet.client.start(owner="t", timeout_s=20.0))
+    await fleet.until(lambda: fleet.coordinator is not None and fleet.coordinator.fleet.state == "RUNNING")
+    if restarted_within:
+        await fleet.stop_coordinator()
+        await fleet.start_coordinator(launches=True, expected=NAMES, exit_is_proof=False)
+    for engine in engines:  # they are told of the new target, and say again that they are STOPPED
+        await engine.until(lambda engine=engine: engine.targets[-1].state == "RUNNING")
+        said = engine.reports
+        await engine.until(lambda engine=engine, said=said: engine.reports > said + 1)
+        await engine.close()
+        await fleet.client.member_gone(engine.name, engine.me.incarnation)
+    await launch(fleet, "a")
+    await fleet.ready("a")
+    assert not starting.done(), "b is not there: it was its last life that spoke"
+    await launch(fleet, "b")
+    progress = await starting
+    assert {m.name: m.outcome for m in progress.members} == dict.fromkeys(NAMES, "standing")
+
+
+async def test_a_start_that_a_stop_overtook_is_told_so_at_once(
+    fleet: Fleet,
+) -> None:
+    await stopped(fleet)
+    mine = asyncio.create_task(
+        fleet.client.start(owner="a", version="v5", weights="/weights/v5", timeout_s=20.0)
+    )
+    await fleet.until(lambda: fleet.coordinator is not None and fleet.coordinator.fleet.version == "v5")
+    engines = [await fleet.engine(name, directory=f"{name} again", abilities=("updates",)) for name in NAMES]
+    for engine in engines:
+        engine.hold_steps.clear()
+    stopping = asyncio.create_task(fleet.client.stop(owner="b", composite=True, timeout_s=20.0))
+    await fleet.until(lambda: fleet.coordinator is not None and fleet.coordinator.fleet.state == "PAUSED")
+    with pytest.raises(CommandFailed, match="superseded"):
+        await mine
+    for engine in engines:
+        engine.hold_steps.set()
+    assert (await stopping).ok
+
+
 async def test_a_coordinator_that_starts_again_still_awaits_whom_start_has_launched(fleet: Fleet) -> None:
     await stopped(fleet)
     starting = asyncio.create_task(fleet.client.start(owner="t", timeout_s=20.0))

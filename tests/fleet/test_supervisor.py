@@ -177,6 +177,18 @@ def test_a_part_that_cannot_start_ends_the_start_in_its_own_words(make_fleet: Ca
     assert not fleet.base.exists()
 
 
+def test_who_is_interrupted_while_engines_start_does_not_wait_for_them(
+    make_fleet: Callable[..., Fleet],
+) -> None:
+    """A Ctrl-C before the handlers of `serve` are there cancels the supervisor's task: here none is there for SIGINT at all."""
+    fleet = make_fleet(**{"engine-1": {"hang": True}})
+    until(lambda: "store" in fleet.said() and " up after" in fleet.said(), "some part is up")
+    fleet.process.send_signal(signal.SIGINT)
+    fleet.process.wait(SECONDS)
+    assert "all processes are gone" in fleet.said()
+    assert not fleet.base.exists()
+
+
 @pytest.mark.parametrize("name", ["store", "engine-0"])
 def test_a_part_that_dies_while_others_are_still_starting_ends_the_start(
     make_fleet: Callable[..., Fleet], name: str
@@ -202,6 +214,18 @@ def test_ctl_stop_with_end_ends_the_engines_and_then_the_fleet_with_status_zero(
     assert "the fleet is stopped" in fleet.said()
     assert not marked(mark)
     assert not fleet.base.exists()
+
+
+def test_an_engine_that_dies_on_its_way_to_stopped_is_not_started_to_be_stopped(
+    make_fleet: Callable[..., Fleet],
+) -> None:
+    fleet = make_fleet(**{"engine-1": {"die_when_stopped": True}})
+    fleet.until_ready()
+    assert fleet.ctl("stop", "--owner", "test").returncode == 0
+    until(lambda: "the fleet is stopped; `interlock ctl start`" in fleet.said(), "it rests")
+    assert "started again" not in fleet.said()
+    assert fleet.ctl("start", "--owner", "test").returncode == 0
+    assert fleet.starts("engine-1") == 2
 
 
 def test_a_fleet_stopped_to_zero_is_started_again_by_ctl(make_fleet: Callable[..., Fleet]) -> None:
@@ -239,6 +263,23 @@ def test_a_start_that_overtakes_a_stop_leaves_no_engine_behind(make_fleet: Calla
         lambda: [(m["state"], m["standing"]) for m in status().get("members", [])] == [("RUNNING", True)] * 2,
         "both run",
     )
+
+
+def test_an_engine_that_hangs_at_its_start_keeps_no_other_from_being_started_again(
+    make_fleet: Callable[..., Fleet],
+) -> None:
+    """Between two STARTs nobody waits for the engine that the first of them did not bring up."""
+    fleet = make_fleet(**{"engine-1": {"hang_from_start": 2}})
+    fleet.until_ready()
+    assert fleet.ctl("stop", "--owner", "test").returncode == 0
+    assert fleet.ctl("start", "--owner", "test", "--no-wait").returncode == 0
+    until(lambda: (fleet.starts("engine-0"), fleet.starts("engine-1")) == (2, 2), "both are begun")
+    for verb in ("pause", "stop", "start"):
+        if verb == "start":
+            until(lambda: fleet.said().count("engine-0 is stopped") == 2, "the one that is up stops again")
+        done = fleet.ctl(verb, "--owner", "test", "--no-wait")
+        assert done.returncode == 0, done.stderr
+    until(lambda: fleet.starts("engine-0") == 3, "it is started again")
 
 
 def test_leftovers_of_a_fleet_that_was_killed_whole_are_swept_by_the_next(

@@ -202,7 +202,7 @@ async def test_what_the_engine_made_and_nobody_heard_before_the_end_comes_exactl
     assert len(one.model.generated) == 1
 
 
-async def _deaf(*_: object) -> None:
+def _deaf(*_: object) -> None:
     return
 
 
@@ -281,7 +281,10 @@ async def test_a_disk_that_takes_no_requests_leaves_the_engine_paused_and_the_co
     generation, _ = await one.begun(6, 2)
     with monkeypatch.context() as patch:
         full_for(patch, one.file_of("engine"))
-        with pytest.raises(CommandFailed, match=r"engine failed on the way: .*No space left.*make room"):
+        with pytest.raises(
+            CommandFailed,
+            match=r"engine failed on the way: .*No space left.*make room there: it is tried again by itself",
+        ):
             await one.suspend()
     assert one.state == "PAUSED"
     assert "suspend" not in one.model.calls, "its memory is not given up"
@@ -325,6 +328,25 @@ async def test_an_engine_does_not_step_while_what_it_kept_cannot_be_taken_back(
     await one.fleet.client.pause(owner=OWNER)
     await one.fleet.client.unpause(owner=OWNER)
     assert one.model.paused is None
+
+
+async def test_an_engine_whose_disk_was_full_at_the_unpause_runs_once_it_is_not_though_nobody_asks_again(
+    machine: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its command was answered with the failure, and the fleet runs: an UNPAUSE would be refused."""
+    monkeypatch.setattr("interlock.engines.member.STEP_RETRY_SECONDS_MIN", 0.05)
+    one = machine()
+    await one.boot()
+    generation, _ = await one.begun(6, 2)
+    await one.suspend()
+    await one.fleet.client.resume(owner=OWNER)
+    with monkeypatch.context() as patch:
+        full_for(patch, one.file_of("engine"))
+        with pytest.raises(CommandFailed, match="cannot be taken back"):
+            await one.fleet.client.unpause(owner=OWNER)
+        assert one.model.paused is not None
+    await one.fleet.ready("engine")
+    assert (await one.finish(generation, 4))[0] == continuation_of(PROMPT, 6)[2:]
 
 
 async def test_requests_on_disk_are_not_there_once_the_fleet_runs(machine: Make) -> None:
@@ -465,3 +487,35 @@ async def test_a_stopped_engines_next_life_finds_no_request_of_the_suspension_be
     await one.fleet.client.member_gone("engine", 0)
     assert (await stopping).ok
     assert RequestsFile(one.fleet.host, one.file_of("engine").parent, "engine").load() == []
+
+
+async def test_an_answer_that_ended_under_a_slow_reader_outlives_its_front(machine: Make) -> None:
+    """Its end was heard and not read, so it was not acknowledged: the engine has all of it still."""
+    one = machine()
+    await one.boot()
+    generation, _ = await one.begun(5, 2)
+    await one.model.step(3)
+    front = one.front
+    assert front is not None
+    await one.fleet.until(lambda: not front.ledger.entries(), "the front has heard its end")
+    await one.crash_front()
+    front = await one.start_front()
+    await one.fleet.until(lambda: front.recovered, "the engine has told what it holds")
+    assert await read(front.take_up(generation.request.id)) == (continuation_of(PROMPT, 5), "length")
+    assert len(one.model.generated) == 1
+
+
+async def test_an_answer_that_was_read_to_its_end_is_nowhere_any_more(machine: Make) -> None:
+    one = machine()
+    await one.boot()
+    generation, _ = await one.begun(5, 2)
+    assert await one.finish(generation, 3) == (continuation_of(PROMPT, 5)[2:], "length")
+    assert one.runner is not None
+    desk = one.runner.desk
+    assert desk is not None
+    await one.fleet.until(lambda: not desk.requests, "the engine has forgotten it")
+    await one.crash_front()
+    front = await one.start_front()
+    await one.fleet.until(lambda: front.recovered, "the engine has told what it holds")
+    with pytest.raises(KeyError):
+        front.take_up(generation.request.id)

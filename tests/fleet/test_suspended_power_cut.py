@@ -12,6 +12,7 @@ from scripted_engine import continuation_of
 from step_model import StepModel
 
 from interlock.core.errors import InterlockError
+from interlock.core.sampling import Sampling
 from interlock.engines.keeping import RequestsFile
 from interlock.engines.runner import Runner, RunnerConfig
 from interlock.fleet.client import FleetClient
@@ -24,7 +25,6 @@ from interlock.host.state_file import StateFile
 from interlock.testing.plugin import Simulation
 from interlock.testing.sim.host import SimHost
 from interlock.testing.sim.kernel import SimProcess
-from interlock.wire.engine_messages import Sampling
 from interlock.wire.identity import load_identity
 
 pytest_plugins = ["interlock.testing.plugin"]

@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 
+from interlock.core.sampling import Sampling
 from interlock.fleet.generation import RequestFailed
+from interlock.fleet.hearing import Hearing
 from interlock.fleet.kept_requests import note_of
 from interlock.fleet.ledger import Entry, GenerationRequest, Life
 from interlock.fleet.requests import Requests
 from interlock.host.real import RealHost
 from interlock.telemetry.events import EventLog
-from interlock.wire.engine_messages import Delta, Held, Sampling, Tokens
+from interlock.wire.engine_messages import Delta, Held, Tokens
 from interlock.wire.token_ids import pack_ids
 
 PROMPT = [11, 22, 33]
@@ -49,7 +51,7 @@ class Link:
 @pytest.fixture
 def requests() -> Requests:
     clock = RealHost().clock
-    requests = Requests(clock, EventLog(clock), Roads(), 10, recoverable=True)
+    requests = Requests(clock, EventLog(clock), Roads(), 10)
     request = GenerationRequest(id="r", prompt=PROMPT, sampling=Sampling(max_tokens=9, temperature=1.0))
     note = note_of(Entry(request, attempt=1), 60.0)
     requests.last_life.on_held(LIFE, Held("r", 1, pack_ids(PROMPT), 3, note))
@@ -59,7 +61,7 @@ def requests() -> Requests:
 async def test_an_answer_whose_told_part_was_lost_with_its_engine_ends_by_name(requests: Requests) -> None:
     """Begun anew it would have other tokens than its client has read: sampled ones, or those of newer weights."""
     generation = requests.last_life.take_up("r")
-    await requests.on_tokens(Link(), Tokens([Delta("r", 1, 0, [5, 6], [], "", 0)]))  # type: ignore[arg-type]
+    Hearing(requests, Roads()).on_tokens(Link(), Tokens([Delta("r", 1, 0, [5, 6], [], "", 0)]))  # type: ignore[arg-type]
     requests.lost(LIFE, "killed")
     assert (await anext(generation)).token_ids == [5, 6]
     with pytest.raises(RequestFailed, match="an earlier life of this front may have delivered more"):
@@ -69,7 +71,7 @@ async def test_an_answer_whose_told_part_was_lost_with_its_engine_ends_by_name(r
 
 
 async def test_an_answer_whose_told_part_is_here_again_goes_on_elsewhere(requests: Requests) -> None:
-    await requests.on_tokens(Link(), Tokens([Delta("r", 1, 0, [5, 6, 7], [], "", 0)]))  # type: ignore[arg-type]
+    Hearing(requests, Roads()).on_tokens(Link(), Tokens([Delta("r", 1, 0, [5, 6, 7], [], "", 0)]))  # type: ignore[arg-type]
     requests.lost(LIFE, "killed")
     requests.check_integrity()
     assert requests.waiting == 1

@@ -10,8 +10,8 @@ from scripted_engine import ScriptedEngine, continuation_of, read_some
 
 from interlock.core.errors import ChannelFault
 from interlock.fleet.client import CommandFailed
+from interlock.fleet.dispatching import cache_salt
 from interlock.fleet.generation import Generation, Made, extended
-from interlock.fleet.requests import cache_salt
 from interlock.wire.engine_messages import Dispatch
 
 if TYPE_CHECKING:

@@ -197,6 +197,18 @@ async def test_a_fleet_that_takes_nothing_says_when_to_ask_again(
     assert int(answer.headers["retry-after"]) >= 1
 
 
+@pytest.mark.parametrize(
+    ("target", "words"), [("STOPPED", "`interlock ctl start`"), ("RUNNING", "they are started again")]
+)
+async def test_a_fleet_whose_engines_are_gone_does_not_say_that_none_has_come_yet(
+    world, fleet_view, target: str, words: str
+) -> None:
+    world.fleet.membership = fleet_view(target=target, state="LOST")
+    answer = await world.complete()
+    assert (answer.status, answer.error["code"]) == (503, "no_engine")
+    assert words in answer.error["message"]
+
+
 async def test_before_any_engine_has_joined_a_request_is_503(world) -> None:
     world.fleet.membership = None
     answer = await world.complete()
@@ -364,6 +376,21 @@ async def test_impossible_commands_are_400_and_name_the_parameter(
     answer = await world.ask("POST", f"/interlock/pause?{query}", None, {"authorization": "Bearer t0k"})
     assert (answer.status, answer.error["param"]) == (400, param)
     assert not world.coordinator.calls
+
+
+@pytest.mark.parametrize("said", [{"content-length": "17"}, {"transfer-encoding": "chunked"}])
+async def test_a_command_in_a_body_is_refused_and_not_taken_for_the_default(
+    make_world, said: dict[str, str]
+) -> None:
+    world = make_world(access=Access(admin_token="t0k"))
+    headers = {"authorization": "Bearer t0k", **said}
+    answer = await world.ask("POST", "/interlock/pause", b'{"mode": "abort"}', headers)
+    assert (answer.status, answer.error["code"]) == (400, "unexpected_body")
+    assert "/interlock/pause?owner=me" in answer.error["message"]
+    assert not world.coordinator.calls
+    headers["content-length"] = "0"
+    headers.pop("transfer-encoding", None)
+    assert (await world.ask("POST", "/interlock/pause", None, headers)).status == 200
 
 
 @pytest.mark.parametrize(

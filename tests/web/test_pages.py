@@ -49,6 +49,26 @@ async def test_models_lists_the_one_that_is_served(world) -> None:
     assert (await world.ask("GET", "/v1/models/tiny")).json == listed["data"][0]
 
 
+async def test_models_is_200_while_the_fleet_shall_serve_and_503_with_a_sentence_where_nobody_does(
+    world, fleet_view
+) -> None:
+    world.fleet.membership = fleet_view(State.PAUSED, State.PAUSED)
+    assert (await world.ask("GET", "/v1/models")).status == 200
+    world.fleet.membership = fleet_view(State.SUSPENDED, State.SUSPENDED)
+    assert (await world.ask("GET", "/v1/models")).status == 200
+    for view, words in (
+        (fleet_view(State.STOPPED, State.STOPPED), "interlock ctl start"),
+        (fleet_view(State.STOPPED, members=0), "interlock ctl start"),
+        (fleet_view(State.RUNNING, members=0), "No engine has joined"),
+        (None, "No engine has joined"),
+    ):
+        world.fleet.membership = view
+        for path in ("/v1/models", "/v1/models/tiny"):
+            answer = await world.ask("GET", path)
+            assert answer.status == 503
+            assert words in answer.error["message"]
+
+
 async def test_metrics_count_requests_tokens_and_the_fleet(world, step) -> None:
     await world.complete(max_tokens=3)
     await world.chat(max_tokens=4, stream=True)

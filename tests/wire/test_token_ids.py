@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from interlock.core.sampling import Sampling
 from interlock.engines.base import RequestRejected, Work
-from interlock.wire.engine_messages import Sampling
 from interlock.wire.token_ids import pack_ids, unpack_ids
 
 

@@ -22,8 +22,9 @@ from typing import Protocol
 
 import msgspec
 
+from interlock.core.sampling import Sampling
 from interlock.core.targets import KeptCache, Mode
-from interlock.wire.engine_messages import Sampling, TokenLogprobs
+from interlock.wire.engine_messages import TokenLogprobs
 from interlock.wire.fleet_messages import Load
 from interlock.wire.token_ids import pack_ids, unpack_ids
 

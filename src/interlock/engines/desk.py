@@ -55,6 +55,7 @@ from interlock.wire.engine_messages import (
     AcknowledgeAll,
     Cursor,
     Dispatch,
+    DispatchAll,
     Held,
     HeldAll,
     Recover,
@@ -218,6 +219,9 @@ class Desk:
                 await self._resume(front, channel, streams)
             case Dispatch() as dispatch:
                 await self._dispatch(front, channel, dispatch)
+            case DispatchAll(dispatches):
+                for dispatch in dispatches:
+                    await self._dispatch(front, channel, dispatch)
             case Abort(request, attempt):
                 stream = front.streams.get(request)
                 if stream is not None and stream.dispatch.attempt <= attempt:

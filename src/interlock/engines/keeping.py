@@ -82,7 +82,7 @@ class RequestsFile:
         except OSError as error:
             raise KeepFailed(
                 f"{len(streams)} requests could not be put on disk, so memory is not given back: {error}; "
-                "make room there, then RESUME and SUSPEND again"
+                "make room there: it is tried again by itself, and RESUME calls it off"
             ) from error
 
     async def empty(self) -> None:

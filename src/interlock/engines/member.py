@@ -28,12 +28,16 @@ from interlock.core.lifecycle import (
     StepFailed,
     StepFinished,
     TargetHeard,
+    TryAgain,
 )
 from interlock.core.limits import (
+    FACT_CHARS_MAX,
     HEARTBEAT_SECONDS,
     HELLO_SECONDS_MAX,
     RECONNECT_SECONDS_MAX,
     RECONNECT_SECONDS_MIN,
+    STEP_RETRY_SECONDS_MAX,
+    STEP_RETRY_SECONDS_MIN,
 )
 from interlock.core.targets import Mode, State, Step
 from interlock.engines.base import Engine, EngineGone, EngineStartError, Unable, UpdateFailed
@@ -90,6 +94,7 @@ class Member:
         self.state = MemberState()
         self._changed = asyncio.Event()
         self._step: asyncio.Task[None] | None = None
+        self._retry_s = STEP_RETRY_SECONDS_MIN
         self._closing = False
         self._link: asyncio.Task[None] | None = None
         self._channel: Channel | None = None
@@ -137,7 +142,7 @@ class Member:
 
     def _begin_step(self, begin: Begin) -> None:
         if self._step is not None and self._step is not asyncio.current_task():
-            self._step.cancel()  # core replaces a step by another only where the engine allows it: a stricter pause
+            self._step.cancel()  # by core's leave: for a stricter pause, or one that failed and waits to be tried again
         self._step = asyncio.create_task(self._take(begin), name=f"step {begin.step}")
         self._step.add_done_callback(self._on_end)
 
@@ -161,15 +166,23 @@ class Member:
             self._leave(str(error), False)
         except UpdateFailed as error:
             self._apply(StepFailed(begin.attempt, str(error)))
-        except KeepFailed as error:
-            self._apply(StepFailed(begin.attempt, str(error), unchanged=True))
-        except EngineStartError as error:  # a resume: it is still suspended, and may be asked again
-            self._apply(StepFailed(begin.attempt, str(error), unchanged=True))
+        except (KeepFailed, EngineStartError) as error:  # the latter in a resume: it is still suspended
+            self._apply(StepFailed(begin.attempt, str(error), unchanged=True, may_pass=True))
+            await self._try_again_later(begin.attempt)
         except Exception as error:
             _log.exception("%s failed", begin.step)
             self._apply(StepFailed(begin.attempt, f"{begin.step} failed: {type(error).__name__}: {error}"))
         else:
+            self._retry_s = STEP_RETRY_SECONDS_MIN
             self._apply(StepFinished(begin.attempt, version))
+
+    async def _try_again_later(self, attempt: int) -> None:
+        """A full disk, no memory: such things pass, and nobody else would ask for the step again."""
+        if not self.state.waits:
+            return  # the walk goes on by another way
+        retry_s, self._retry_s = self._retry_s, min(2 * self._retry_s, STEP_RETRY_SECONDS_MAX)
+        await self._host.clock.sleep_s(retry_s)
+        self._apply(TryAgain(attempt))
 
     async def _perform(self, begin: Begin) -> str | None:
         """Takes the step; which weights the engine has then."""
@@ -198,7 +211,8 @@ class Member:
                         KeepFailed
                     ):  # a later life finds them; their front has ended them by then
                         await keeper.end()
-                await engine.stop()
+                with contextlib.suppress(EngineGone):  # it is what was asked for
+                    await engine.stop()
                 return None
             case _:
                 raise NotImplementedError(f"{begin.step} is no step that a member takes")
@@ -298,7 +312,7 @@ class Member:
             version=state.version,
             load=self._engine.load(),
             heard=_told(state.heard) if state.heard is not None else None,
-            failed=state.failed,
+            failed=state.failed and state.failed[:FACT_CHARS_MAX],
             memory=self.memory,
         )
 

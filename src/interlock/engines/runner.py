@@ -158,7 +158,7 @@ class Runner:
             self._host.clock,
             self._engine,
             self._member.judge,
-            self._died,
+            self._lost,
             lambda: self.member_state.version,
             computes=lambda: self.member_state.state is State.RUNNING,
             moves_requests=capabilities.moves_requests,
@@ -188,6 +188,11 @@ class Runner:
 
     async def _watch_engine(self) -> None:
         self._died(await self._engine.died())
+
+    def _lost(self, why: str) -> None:
+        """A request has heard that its engine is gone. Where that is being stopped, it is the stop, which ends by itself."""
+        if self.member_state.state not in (State.STOPPING, State.STOPPED):
+            self._died(why)
 
     def _died(self, why: str) -> None:
         self.stop(f"the engine has died: {why}", STATUS_FAILED)

@@ -81,9 +81,14 @@ class Questions:
             ring = told.ring
             after = told.events[-1].number if told.events else (told.last if told.gap else after)
 
-    async def member_gone(self, name: str, incarnation: int, timeout_s: float = HELLO_SECONDS_MAX) -> None:
-        """For launchers: all processes of this life are proven ended. Raises as `status`; to be repeated until it returns."""
-        await self._ask(say.MemberGone(name, incarnation), Membership, timeout_s)
+    async def member_gone(
+        self, name: str, incarnation: int, timeout_s: float = HELLO_SECONDS_MAX, *, again: bool = False
+    ) -> None:
+        """For launchers: all processes of this life are proven ended. Raises as `status`; to be repeated until it returns.
+
+        `again`: the next life may have begun by now.
+        """
+        await self._ask(say.MemberGone(name, incarnation, again), Membership, timeout_s)
 
     # --- channels -------------------------------------------------------------------------------------------------
 

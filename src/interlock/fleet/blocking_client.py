@@ -15,28 +15,56 @@ import asyncio
 import contextlib
 import functools
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
-from typing import TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 from interlock.core.errors import LocalProtocolError
-from interlock.core.limits import (
-    COMMAND_SECONDS_DEFAULT,
-    ENGINE_START_SECONDS_MAX,
-    HELLO_SECONDS_MAX,
-    RELEASE_SECONDS_DEFAULT,
-)
 from interlock.fleet.blocking_pausing import BlockingPause
-from interlock.fleet.client import FleetClient, OnProgress
+from interlock.fleet.client import FleetClient
+from interlock.fleet.pausing import Paused
 from interlock.host.base import Host
-from interlock.wire.fleet_messages import (
-    Command,
-    CommandProgress,
-    CommandReport,
-    Events,
-    Membership,
-)
+from interlock.wire.fleet_messages import Command
 from interlock.wire.identity import Identity
 
+P = ParamSpec("P")
 T = TypeVar("T")
+
+
+def _waits(
+    method: Callable[Concatenate[FleetClient, P], Awaitable[T]],
+) -> Callable[Concatenate[BlockingFleetClient, P], T]:
+    """The method of that name and signature that waits for it in the calling thread."""
+
+    @functools.wraps(method)
+    def waiting(self: BlockingFleetClient, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self._run(lambda: method(self._client, *args, **kwargs))
+
+    return waiting
+
+
+def _waits_for_each(
+    method: Callable[Concatenate[FleetClient, P], AsyncGenerator[T, None]],
+) -> Callable[Concatenate[BlockingFleetClient, P], Iterator[T]]:
+    """The same for one that tells word by word: it waits in `next`."""
+
+    @functools.wraps(method)
+    def waiting(self: BlockingFleetClient, /, *args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
+        return self._iterate(lambda: method(self._client, *args, **kwargs))
+
+    return waiting
+
+
+def _holds(
+    method: Callable[Concatenate[FleetClient, P], Paused],
+) -> Callable[Concatenate[BlockingFleetClient, P], contextlib.AbstractContextManager[BlockingPause]]:
+    """The same for a block: `with` instead of `async with`."""
+
+    @functools.wraps(method)
+    def holding(
+        self: BlockingFleetClient, /, *args: P.args, **kwargs: P.kwargs
+    ) -> contextlib.AbstractContextManager[BlockingPause]:
+        return self._hold(method(self._client, *args, **kwargs))
+
+    return holding
 
 
 class BlockingFleetClient:
@@ -48,188 +76,33 @@ class BlockingFleetClient:
     def __init__(self, host: Host, address: str, identity: Identity | None = None) -> None:
         self._client = FleetClient(host, address, identity)
 
-    def status(self, timeout_s: float = HELLO_SECONDS_MAX) -> Membership:
-        """See `FleetClient.status`."""
-        return self._run(lambda: self._client.status(timeout_s))
+    status = _waits(FleetClient.status)
+    command = _waits(FleetClient.command)
+    metrics = _waits(FleetClient.metrics)
+    events = _waits(FleetClient.events)
+    follow_events = _waits_for_each(FleetClient.follow_events)
+    member_gone = _waits(FleetClient.member_gone)
 
-    def command(
-        self, command_id: str, *, owner: str = "", timeout_s: float = HELLO_SECONDS_MAX
-    ) -> CommandReport:
-        """See `FleetClient.command`."""
-        return self._run(lambda: self._client.command(command_id, owner=owner, timeout_s=timeout_s))
+    pause = _waits(FleetClient.pause)
+    unpause = _waits(FleetClient.unpause)
+    update_weights = _waits(FleetClient.update_weights)
+    suspend = _waits(FleetClient.suspend)
+    resume = _waits(FleetClient.resume)
+    drain = _waits(FleetClient.drain)
+    start = _waits(FleetClient.start)
+    stop = _waits(FleetClient.stop)
 
-    def metrics(self, timeout_s: float = HELLO_SECONDS_MAX) -> str:
-        """See `FleetClient.metrics`."""
-        return self._run(lambda: self._client.metrics(timeout_s))
+    run = _waits(FleetClient.run)
+    follow = _waits_for_each(FleetClient.follow)
 
-    def events(
-        self,
-        after: int = 0,
-        ring: str = "",
-        *,
-        wait_seconds: float = 0.0,
-        timeout_s: float = HELLO_SECONDS_MAX,
-    ) -> Events:
-        """See `FleetClient.events`."""
-        return self._run(
-            lambda: self._client.events(after, ring, wait_seconds=wait_seconds, timeout_s=timeout_s)
-        )
+    paused = _holds(FleetClient.paused)
 
-    def follow_events(self, after: int = 0, ring: str = "") -> Iterator[Events]:
-        """See `FleetClient.follow_events`. It waits in `next`."""
-        return self._iterate(lambda: self._client.follow_events(after, ring))
-
-    def member_gone(self, name: str, incarnation: int, timeout_s: float = HELLO_SECONDS_MAX) -> None:
-        """See `FleetClient.member_gone`."""
-        self._run(lambda: self._client.member_gone(name, incarnation, timeout_s))
-
-    def pause(
-        self,
-        mode: str = "keep",
-        *,
-        owner: str,
-        timeout_s: float = COMMAND_SECONDS_DEFAULT,
-        hold_seconds: float | None = None,
-        allow_unknown: bool = False,
-        on_progress: OnProgress | None = None,
-    ) -> CommandProgress:
-        """See `FleetClient.pause`."""
-        return self._run(
-            lambda: self._client.pause(
-                mode,
-                owner=owner,
-                timeout_s=timeout_s,
-                hold_seconds=hold_seconds,
-                allow_unknown=allow_unknown,
-                on_progress=on_progress,
-            )
-        )
-
-    def unpause(
-        self,
-        *,
-        owner: str,
-        timeout_s: float = COMMAND_SECONDS_DEFAULT,
-        break_hold_of: str | None = None,
-        on_progress: OnProgress | None = None,
-    ) -> CommandProgress:
-        """See `FleetClient.unpause`."""
-        return self._run(
-            lambda: self._client.unpause(
-                owner=owner, timeout_s=timeout_s, break_hold_of=break_hold_of, on_progress=on_progress
-            )
-        )
-
-    def update_weights(
-        self,
-        version: str,
-        weights: str,
-        *,
-        owner: str,
-        kv: str = "recompute",
-        timeout_s: float = COMMAND_SECONDS_DEFAULT,
-        on_progress: OnProgress | None = None,
-    ) -> CommandProgress:
-        """See `FleetClient.update_weights`."""
-        return self._run(
-            lambda: self._client.update_weights(
-                version, weights, owner=owner, kv=kv, timeout_s=timeout_s, on_progress=on_progress
-            )
-        )
-
-    def suspend(
-        self,
-        *,
-        owner: str,
-        timeout_s: float = COMMAND_SECONDS_DEFAULT,
-        on_progress: OnProgress | None = None,
-    ) -> CommandProgress:
-        """See `FleetClient.suspend`."""
-        return self._run(
-            lambda: self._client.suspend(owner=owner, timeout_s=timeout_s, on_progress=on_progress)
-        )
-
-    def resume(
-        self,
-        *,
-        owner: str,
-        timeout_s: float = COMMAND_SECONDS_DEFAULT,
-        on_progress: OnProgress | None = None,
-    ) -> CommandProgress:
-        """See `FleetClient.resume`."""
-        return self._run(
-            lambda: self._client.resume(owner=owner, timeout_s=timeout_s, on_progress=on_progress)
-        )
-
-    def drain(
-        self,
-        *,
-        owner: str,
-        timeout_s: float = COMMAND_SECONDS_DEFAULT,
-        on_progress: OnProgress | None = None,
-    ) -> CommandProgress:
-        """See `FleetClient.drain`."""
-        return self._run(
-            lambda: self._client.drain(owner=owner, timeout_s=timeout_s, on_progress=on_progress)
-        )
-
-    def start(
-        self,
-        *,
-        owner: str,
-        timeout_s: float = ENGINE_START_SECONDS_MAX,
-        version: str | None = None,
-        weights: str = "",
-        on_progress: OnProgress | None = None,
-    ) -> CommandProgress:
-        """See `FleetClient.start`."""
-        return self._run(
-            lambda: self._client.start(
-                owner=owner,
-                timeout_s=timeout_s,
-                version=version,
-                weights=weights,
-                on_progress=on_progress,
-            )
-        )
-
-    def stop(
-        self,
-        *,
-        owner: str,
-        timeout_s: float = COMMAND_SECONDS_DEFAULT,
-        composite: bool = False,
-        on_progress: OnProgress | None = None,
-    ) -> CommandProgress:
-        """See `FleetClient.stop`."""
-        return self._run(
-            lambda: self._client.stop(
-                owner=owner, timeout_s=timeout_s, composite=composite, on_progress=on_progress
-            )
-        )
+    def order(self, command: str, owner: str, timeout_s: float, **more: object) -> Command:
+        """See `FleetClient.order`."""
+        return self._client.order(command, owner, timeout_s, **more)
 
     @contextlib.contextmanager
-    def paused(
-        self,
-        mode: str = "keep",
-        *,
-        owner: str | None = None,
-        timeout_s: float = COMMAND_SECONDS_DEFAULT,
-        hold_seconds: float | None = None,
-        allow_unknown: bool = False,
-        release_s: float = RELEASE_SECONDS_DEFAULT,
-        on_progress: OnProgress | None = None,
-    ) -> Iterator[BlockingPause]:
-        """See `FleetClient.paused`."""
-        block = self._client.paused(
-            mode,
-            owner=owner,
-            timeout_s=timeout_s,
-            hold_seconds=hold_seconds,
-            allow_unknown=allow_unknown,
-            release_s=release_s,
-            on_progress=on_progress,
-        )
+    def _hold(self, block: Paused) -> Iterator[BlockingPause]:
         pause = self._run(block.__aenter__)
         try:
             yield BlockingPause(pause, self._run)
@@ -237,18 +110,6 @@ class BlockingFleetClient:
             self._run(functools.partial(block.__aexit__, type(error), error, error.__traceback__))
             raise
         self._run(functools.partial(block.__aexit__, None, None, None))
-
-    def order(self, command: str, owner: str, timeout_s: float, **more: object) -> Command:
-        """See `FleetClient.order`."""
-        return self._client.order(command, owner, timeout_s, **more)
-
-    def run(self, order: Command, on_progress: OnProgress | None = None) -> CommandProgress:
-        """See `FleetClient.run`."""
-        return self._run(lambda: self._client.run(order, on_progress))
-
-    def follow(self, order: Command) -> Iterator[CommandProgress]:
-        """See `FleetClient.follow`. It waits in `next`."""
-        return self._iterate(lambda: self._client.follow(order))
 
     def _run(self, ask: Callable[[], Awaitable[T]]) -> T:
         _check_no_loop()

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from interlock.core.limits import COMMAND_SECONDS_DEFAULT
 from interlock.fleet.client import OnProgress
 from interlock.fleet.pausing import Pause, Weights
 from interlock.wire.fleet_messages import CommandProgress, MemberProgress
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _waits(
+    method: Callable[Concatenate[Pause, P], Awaitable[T]],
+) -> Callable[Concatenate[BlockingPause, P], T]:
+    """The method of that name and signature that waits for it in the calling thread."""
+
+    @functools.wraps(method)
+    def waiting(self: BlockingPause, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        found: T = self._run(lambda: method(self._pause, *args, **kwargs))
+        return found
+
+    return waiting
 
 
 class BlockingPause:
@@ -20,16 +37,17 @@ class BlockingPause:
 
     @property
     def ok(self) -> bool:
+        """Whether every member came to stand."""
         return self.progress.ok
 
     @property
     def members(self) -> list[MemberProgress]:
+        """How each member came to stand."""
         return self.progress.members
 
-    def held(self) -> bool:
-        """See `Pause.held`."""
-        held: bool = self._run(self._pause.held)
-        return held
+    held = _waits(Pause.held)
+    suspend = _waits(Pause.suspend)
+    resume = _waits(Pause.resume)
 
     def update_weights(
         self,
@@ -49,22 +67,4 @@ class BlockingPause:
             )
 
         progress: CommandProgress = self._run(ask)
-        return progress
-
-    def suspend(
-        self, *, timeout_s: float = COMMAND_SECONDS_DEFAULT, on_progress: OnProgress | None = None
-    ) -> CommandProgress:
-        """See `Pause.suspend`."""
-        progress: CommandProgress = self._run(
-            lambda: self._pause.suspend(timeout_s=timeout_s, on_progress=on_progress)
-        )
-        return progress
-
-    def resume(
-        self, *, timeout_s: float = COMMAND_SECONDS_DEFAULT, on_progress: OnProgress | None = None
-    ) -> CommandProgress:
-        """See `Pause.resume`."""
-        progress: CommandProgress = self._run(
-            lambda: self._pause.resume(timeout_s=timeout_s, on_progress=on_progress)
-        )
         return progress

@@ -14,6 +14,7 @@ import msgspec
 from interlock.core.fleet_state import FleetState
 from interlock.core.limits import COMMANDS_KEPT_MAX, COMMANDS_UNDER_WAY_MAX
 from interlock.core.roster import Condition, MemberRecord, condition
+from interlock.core.targets import State
 from interlock.fleet.coordinator_state import CommandRecord
 from interlock.fleet.kept_fronts import KeptFronts
 from interlock.wire.fleet_messages import CommandProgress, CommandReport, MemberProgress
@@ -88,9 +89,11 @@ def judge(
 ) -> tuple[CommandRecord, Condition | None]:
     """The command as things stand: finished where it can be, and the judgement of the members (None: superseded)."""
     expired = now_s >= record.deadline_s
-    on_the_way = fleet.stop_for is not None and fleet.state != record.wanted
+    on_the_way = fleet.stop_for is not None and fleet.state != record.wanted == State.STOPPED
     if why := _overtaken(record, fleet, on_the_way=on_the_way):
-        return _finished(record, ok=False, message=f"superseded: {why} since epoch {fleet.epoch}"), None
+        return _finished(
+            record, ok=False, message=f"superseded: {why} since epoch {fleet.epoch.number}"
+        ), None
     judged = condition(
         members,
         fleet.epoch,
@@ -105,7 +108,10 @@ def judge(
         return record, judged
     message = judged.message
     if on_the_way:
-        message = f"the fleet was not {record.wanted} by the deadline: {message}"
+        message = (
+            f"the fleet was not {record.wanted} by the deadline: {message}; it still goes there, unless "
+            f"UNPAUSE releases the hold of {fleet.stop_for!r}"
+        )
     elif judged.ok and fleet.holds and record.command == "UNPAUSE":
         message += "; it stays so for " + ", ".join(hold.owner for hold in fleet.holds)
     return _finished(record, ok=judged.ok and not on_the_way, message=message, judged=judged), judged

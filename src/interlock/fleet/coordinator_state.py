@@ -15,10 +15,10 @@ from interlock.core.fleet_state import FleetState
 from interlock.core.identity import Epoch
 from interlock.core.limits import COORDINATOR_STATE_BYTES_MAX
 from interlock.host.base import Host
-from interlock.host.sealed import seal, unseal
+from interlock.host.slots import SlotFile
 from interlock.wire.fleet_messages import EngineFacts, MemberProgress
 
-FILE = "coordinator.json"
+FILE = "coordinator.state"
 
 
 class CommandRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,7 +33,7 @@ class CommandRecord(msgspec.Struct, frozen=True, kw_only=True):
     deadline_s: float
     allow_unknown: bool = False
     version: str | None = None
-    """UPDATE: the weights that it waits for."""
+    """UPDATE, START: the weights that it waits for."""
     done: bool = False
     ok: bool = False
     message: str = ""
@@ -63,11 +63,23 @@ class Stored(msgspec.Struct, frozen=True, kw_only=True):
     monotonic_s: float = 0.0
 
 
-class StateFile:
+class _Written(msgspec.Struct, frozen=True, kw_only=True):
+    """`Stored` as it is encoded: commands that are done do not change, and are not encoded again."""
+
+    fleet: FleetState
+    commands: list[msgspec.Raw]
+    members: list[KnownMember]
+    wall_ns: int
+    monotonic_s: float
+
+
+class CoordinatorFile:
     """Reads once at start, writes durably at each change."""
 
     def __init__(self, host: Host, state_dir: Path) -> None:
-        self._host, self._path = host, state_dir / FILE
+        self._clock, self._path = host.clock, state_dir / FILE
+        self._slots = SlotFile(host.files, self._path, "coordinator", COORDINATOR_STATE_BYTES_MAX)
+        self._done: dict[tuple[str, str], tuple[CommandRecord, msgspec.Raw]] = {}
 
     def load(self) -> tuple[Stored | None, str]:
         """The state as of now, and why there is none. Deadlines are moved to this boot's monotonic clock.
@@ -75,32 +87,40 @@ class StateFile:
         Raises `OSError`: a disk that fails now has not lost the state, and it must not be written over.
         """
         try:
-            data = self._host.files.read(self._path, COORDINATOR_STATE_BYTES_MAX)
-            if data is None:
+            body = self._slots.load()
+            if body is None:
                 return None, f"{self._path} does not exist"
-            stored = msgspec.json.decode(unseal(data), type=Stored)
+            stored = msgspec.json.decode(body, type=Stored)
         except (ValueError, msgspec.MsgspecError) as error:
             return None, f"{self._path} cannot be read: {error}"
         return self._moved(stored), ""
 
     def save(self, fleet: FleetState, commands: list[CommandRecord], members: list[KnownMember]) -> None:
         """Raises `OSError`: then nobody may be told."""
-        clock = self._host.clock
-        stored = Stored(
+        written = _Written(
             fleet=fleet,
-            commands=[msgspec.structs.replace(record, members=[]) for record in commands],
+            commands=self._encoded(commands),
             members=members,
-            wall_ns=clock.wall_ns(),
-            monotonic_s=clock.monotonic_s(),
+            wall_ns=self._clock.wall_ns(),
+            monotonic_s=self._clock.monotonic_s(),
         )
-        data = seal(msgspec.json.encode(stored))
-        if len(data) > COORDINATOR_STATE_BYTES_MAX:
-            raise OSError(f"{len(data)} bytes of state, {COORDINATOR_STATE_BYTES_MAX} are read back at most")
-        self._host.files.write_durably(self._path, data)
+        self._slots.save(msgspec.json.encode(written))
+
+    def _encoded(self, commands: list[CommandRecord]) -> list[msgspec.Raw]:
+        before, self._done, encoded = self._done, {}, []
+        for record in commands:
+            known = before.get(record.key)
+            if known is None or known[0] is not record:
+                bare = msgspec.structs.replace(record, members=[])
+                known = record, msgspec.Raw(msgspec.json.encode(bare))
+            if record.done:
+                self._done[record.key] = known
+            encoded.append(known[1])
+        return encoded
 
     def _moved(self, stored: Stored) -> Stored:
         """A wall clock that stepped back is taken to have stood still: a deadline then comes later, never earlier."""
-        clock = self._host.clock
+        clock = self._clock
         away_s = max(0, clock.wall_ns() - stored.wall_ns) / 1e9
         shift_s = clock.monotonic_s() - stored.monotonic_s - away_s
 

@@ -1,8 +1,9 @@
 """The front's hand on the fleet: requests go out to engines, tokens come in, and a death on the way is not noticed.
 
 Here stand the occasions: a membership heard, an engine reached, suspected or proven gone, a moment passed. What they mean for
-requests is in `requests`; `router` decides where, `continuation` as what, `ledger` which words count. Nothing here waits for a
-peer: sending fills bounded outboxes, and each link reads in a task of its own. While the fleet is paused nothing is dispatched.
+requests is in `requests`, what goes out in `dispatching`, what comes in in `hearing`, and `links` says who is reached. Nothing here
+waits for a peer: sending fills bounded outboxes, and each link reads in a task of its own. While the fleet is paused nothing is
+dispatched.
 """
 
 from __future__ import annotations
@@ -13,20 +14,26 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
+
 from interlock.core.limits import NO_MEMBER_SECONDS_MAX, REQUESTS_IN_FLIGHT_MAX
 from interlock.core.roster import Sight
 from interlock.core.targets import State
 from interlock.fleet.client import FleetClient
+from interlock.fleet.dispatching import Dispatching
 from interlock.fleet.engine_link import EngineLink
 from interlock.fleet.generation import Generated, Generation, NoMember, Overloaded, RequestFailed
+from interlock.fleet.hearing import Hearing
 from interlock.fleet.keeping import RequestsKeeper
 from interlock.fleet.ledger import GenerationRequest, Ledger, Life
+from interlock.fleet.links import Links
 from interlock.fleet.membership_view import ENDED, MembershipView
+from interlock.fleet.prospects import Prospects
 from interlock.fleet.requests import Requests
-from interlock.fleet.router import life_of, may_take_work
+from interlock.fleet.router import life_of
 from interlock.host.base import Host
 from interlock.telemetry.events import EventLog
-from interlock.wire.engine_messages import Abort, Cursor, Held, Refused, Tokens
+from interlock.wire.engine_messages import Cursor, Held, Refused, Tokens
 from interlock.wire.fleet_messages import Command, CommandProgress, Member, Membership
 from interlock.wire.identity import Identity
 
@@ -65,9 +72,10 @@ class Dispatcher:
         """Done when this process must stop: a newer life of this front is known, or a part of it has failed."""
         self._host, self._me, self._address = host, identity, coordinator_address
         self._events = events or EventLog(host.clock)
-        self._requests = Requests(
-            host.clock, self._events, self, requests_max, recoverable=keep_in is not None
-        )
+        self._links = Links(host, identity, self)
+        self._requests = Requests(host.clock, self._events, self, requests_max)
+        self._hearing = Hearing(self._requests, self)
+        self._dispatching = Dispatching(self._requests, self, recoverable=keep_in is not None)
         self._keeper: RequestsKeeper | None = None
         if keep_in is not None:
             self._keeper = RequestsKeeper(
@@ -81,11 +89,7 @@ class Dispatcher:
             )
         self._recovered: set[str] = set()
         """Names of engines that have told what they hold of earlier lives of this front."""
-        self._no_member_s = no_member_s
-        self._memberless_since_s: float | None = None
-        self._links: dict[Life, EngineLink] = {}
-        self._over: dict[str, int] = {}
-        """Name → highest life of it that is proven over: a late membership does not bring it back."""
+        self._prospects = Prospects(no_member_s)
         self._view: MembershipView | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._errands: set[asyncio.Task[None]] = set()
@@ -107,7 +111,7 @@ class Dispatcher:
             for kept in await self._host.in_thread(keeper.load):
                 self._requests.last_life.restore(kept)
         self._view = MembershipView(
-            self._host, self._me, self._address, self._on_membership, self.on_stale, self._over, keeper
+            self._host, self._me, self._address, self._on_membership, self.on_stale, self._links.over, keeper
         )
         self._tasks = [
             asyncio.create_task(self._pump(), name="dispatcher pump"),
@@ -131,8 +135,7 @@ class Dispatcher:
         await asyncio.gather(*self._tasks, *self._errands, return_exceptions=True)
         if self._view is not None:
             await self._view.close()
-        await asyncio.gather(*(link.close() for link in self._links.values()))
-        self._links.clear()
+        await self._links.close()
 
     # --- what the web layer asks ----------------------------------------------------------------------------------
 
@@ -143,18 +146,18 @@ class Dispatcher:
 
     @property
     def coordinator_connected(self) -> bool:
+        """Whether the coordinator is heard now; work goes on without it."""
         return self._view is not None and self._view.connected
 
     @property
     def ready(self) -> bool:
         """Whether some engine may take work now."""
         view = self.membership
-        return view is not None and any(
-            may_take_work(m, view) and self.usable(life_of(m), view) for m in view.members
-        )
+        return view is not None and self._links.candidates(view)
 
     @property
     def ledger(self) -> Ledger:
+        """Every request that has not ended."""
         return self._requests.ledger
 
     @property
@@ -171,12 +174,12 @@ class Dispatcher:
 
     def submit(self, request: GenerationRequest) -> Generation:
         """Accepts the request, to run when an engine can. Raises `Overloaded` or `NoMember`; then nothing was begun."""
-        if self.ledger.full:
+        if self._requests.full:
             self.counters["overloaded"] += 1
             raise Overloaded(
-                f"{self.ledger.capacity} requests are in flight or waiting, and no more are taken"
+                f"{self.ledger.capacity} requests are in flight, waiting or not read yet, and no more are taken"
             )
-        impossible = self._why_never()
+        impossible = self._why_none()
         if impossible is not None:
             self.counters["no_member"] += 1
             raise impossible
@@ -221,16 +224,19 @@ class Dispatcher:
     def _on_released(self) -> None:
         """What engines said while requests were on disk was not taken."""
         for link in self._links.values():
-            self._run_errand(asyncio.create_task(link.resume(), name=f"resume {link.life}"))
+            link.resume()
         self._requests.wake.set()
 
     def recovers(self, life: Life) -> bool:
+        """Of an engine that has not told yet what it holds of earlier lives."""
         return self._keeper is not None and life.name not in self._recovered
 
     def on_held(self, life: Life, held: Held) -> None:
+        """One of its requests, of an earlier life of this front."""
         self._requests.last_life.on_held(life, held)
 
     def on_held_all(self, life: Life) -> None:
+        """What it did not name, it does not have."""
         self._recovered.add(life.name)
         self._requests.last_life.release(life.name)
 
@@ -244,24 +250,10 @@ class Dispatcher:
 
     # --- membership -----------------------------------------------------------------------------------------------
 
-    def _why_never(self) -> NoMember | None:
-        view = self.membership
-        if view is None:
-            why = self._view.last_error if self._view else "not started"
-            return NoMember(
-                f"this front has not heard from the coordinator yet ({why})",
-                hint="wait for the fleet to start, or look at the coordinator's log",
-                retryable=True,
-            )
-        if view.target == State.STOPPED:
-            return NoMember("the fleet is stopped", hint="start it, then ask again")
-        if all(member.state in ENDED or not member.facts.address for member in view.members):
-            return NoMember(
-                "no engine is alive",
-                hint="the supervisor restarts them; if none comes, look at the engines' logs",
-                retryable=True,
-            )
-        return None
+    def _why_none(self) -> NoMember | None:
+        return self._prospects.why_none(
+            self.membership, self._view.last_error if self._view else "not started"
+        )
 
     def _on_end(self, task: asyncio.Task[None]) -> None:
         """A defect of ours: better no front, which is noticed and restarted, than one that hangs."""
@@ -279,7 +271,10 @@ class Dispatcher:
             if life.incarnation < newest.get(life.name, 0):
                 self.on_gone(link, "a newer life of it is a member")
             elif life.name not in newest and not link.up and not self.ledger.in_flight(life):
-                self._drop(link)  # a coordinator that started again has not heard of it, and neither have we
+                self._requests.unread.lost(life)
+                self._links.drop(
+                    link
+                )  # a coordinator that started again has not heard of it, and neither have we
         if view.target == State.STOPPED:
             stopped = RequestFailed("stopped", "the fleet was stopped", hint="start it, then ask again")
             self._requests.fail_waiting(stopped)
@@ -293,8 +288,7 @@ class Dispatcher:
             return
         if not member.facts.address:
             return  # attached: others ask it, not we
-        if link is None and life.incarnation > self._over.get(life.name, 0):
-            self._links[life] = EngineLink(self._host, self._me, life, member.facts, self)
+        self._links.open(life, member.facts)
         if member.state == Sight.SUSPECT:
             self._suspect(life)
 
@@ -309,19 +303,13 @@ class Dispatcher:
         return self._links.get(life)
 
     def usable(self, life: Life, view: Membership) -> bool:
-        link = self._links.get(life)
-        return link is not None and link.usable(view.epoch)
+        return self._links.usable(life, view)
 
     def candidates(self, view: Membership, besides: Life) -> bool:
-        return any(
-            life_of(m) != besides and may_take_work(m, view) and self.usable(life_of(m), view)
-            for m in view.members
-        )
+        return self._links.candidates(view, besides)
 
-    def post(self, life: Life, body: Abort) -> None:
-        link = self._links.get(life)
-        if link is not None and link.up:
-            self._run_errand(asyncio.create_task(link.send(body)))
+    def post(self, life: Life, body: msgspec.Struct) -> None:
+        self._links.post(life, body)
 
     # --- what links tell (LinkOwner) ------------------------------------------------------------------------------
 
@@ -329,15 +317,16 @@ class Dispatcher:
         return self._requests.wanted(life)
 
     def on_up(self) -> None:
+        """Something may go out that could not before."""
         self._requests.wake.set()
 
-    async def on_tokens(self, link: EngineLink, tokens: Tokens) -> None:
+    def on_tokens(self, link: EngineLink, tokens: Tokens) -> None:
         if self._holding:
             return  # it says them again when the fleet runs; what is on disk is what was delivered
-        await self._requests.on_tokens(link, tokens)
+        self._hearing.on_tokens(link, tokens)
 
-    async def on_refused(self, link: EngineLink, refused: Refused) -> None:
-        await self._requests.on_refused(link, refused)
+    def on_refused(self, link: EngineLink, refused: Refused) -> None:
+        self._hearing.on_refused(link, refused)
 
     def on_unreachable(self, link: EngineLink) -> None:
         self._suspect(link.life)
@@ -349,20 +338,14 @@ class Dispatcher:
 
     def on_gone(self, link: EngineLink, why: str) -> None:
         """Proven over: its requests go on elsewhere."""
-        life = link.life
-        if self._links.get(life) is not link:
+        if not self._links.bury(link):
             return
-        self._over[life.name] = max(self._over.get(life.name, 0), life.incarnation)
-        self._drop(link)
+        life = link.life
         count = self._requests.lost(life, why)
         self.counters["engines_gone"] += 1
         self._events.emit(
             "engine_gone", engine=life.name, incarnation=life.incarnation, why=why, requests=count
         )
-
-    def _drop(self, link: EngineLink) -> None:
-        del self._links[link.life]
-        self._run_errand(asyncio.create_task(link.close(), name=f"close {link.life}"))
 
     def _run_errand(self, task: asyncio.Task[None]) -> None:
         self._errands.add(task)
@@ -375,8 +358,9 @@ class Dispatcher:
         while True:
             await requests.wake.wait()
             requests.wake.clear()
-            while requests.waiting and not self._holding and await requests.dispatch_next():
-                pass
+            self._hearing.acknowledge_read()
+            while requests.waiting and not self._holding and self._dispatching.dispatch_some():
+                await self._host.clock.sleep_s(0)  # links write before there is more for them
 
     async def _tick(self) -> None:
         while True:
@@ -387,17 +371,13 @@ class Dispatcher:
             for life, link in list(self._links.items()):
                 if link.silent:
                     self._suspect(life)
-                await link.resume_if_due()
+                link.resume_if_due()
             self._judge_members()
             if self._requests.waiting:
                 self._requests.wake.set()
 
     def _judge_members(self) -> None:
-        impossible = self._why_never()
-        now = self._host.clock.monotonic_s()
-        if impossible is None:
-            self._memberless_since_s = None
-        elif self._memberless_since_s is None:
-            self._memberless_since_s = now
-        elif now - self._memberless_since_s > self._no_member_s and not self._holding:
+        impossible = self._why_none()
+        overdue = self._prospects.overdue(self._host.clock.monotonic_s(), impossible)
+        if overdue and not self._holding:
             self._requests.fail_waiting(RequestFailed("no_member", str(impossible), retryable=True))

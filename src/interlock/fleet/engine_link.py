@@ -59,9 +59,9 @@ class LinkOwner(Protocol):
 
     def on_up(self) -> None: ...
 
-    async def on_tokens(self, link: EngineLink, tokens: Tokens) -> None: ...
+    def on_tokens(self, link: EngineLink, tokens: Tokens) -> None: ...
 
-    async def on_refused(self, link: EngineLink, refused: Refused) -> None: ...
+    def on_refused(self, link: EngineLink, refused: Refused) -> None: ...
 
     def on_unreachable(self, link: EngineLink) -> None:
         """No connection could be made: no proof, but a suspicion."""
@@ -105,6 +105,7 @@ class EngineLink:
 
     @property
     def up(self) -> bool:
+        """Whether work goes out over it now."""
         return self._channel is not None and self._channel.closed is None
 
     @property
@@ -122,25 +123,29 @@ class EngineLink:
         return not self.blocked_until_s or self._host.clock.monotonic_s() >= self.blocked_until_s
 
     def block(self, seconds: float) -> None:
+        """Nothing is dispatched there for so long."""
         self.blocked_until_s = self._host.clock.monotonic_s() + seconds
 
-    async def send(self, body: msgspec.Struct) -> None:
-        """Queues it where there is a connection; where there is none, `Resume` will say the same by silence."""
+    def post(self, body: msgspec.Struct) -> None:
+        """Queues it where there is a connection; where there is none, `Resume` will say the same by silence.
+
+        Raises `LocalProtocolError` for what is longer than a frame.
+        """
         if self._channel is not None:
             with contextlib.suppress(ConnectionError):
-                await self._channel.send(body)
+                self._channel.post(body)
 
-    async def resume(self) -> None:
+    def resume(self) -> None:
         """Ask for all wanted streams again from where they stand: tokens were missing. Once in a while is enough."""
         self._resume_due = True
-        await self.resume_if_due()
+        self.resume_if_due()
 
-    async def resume_if_due(self) -> None:
+    def resume_if_due(self) -> None:
         """To be called now and then: what was missing may have been the last that the engine had to say."""
         now = self._host.clock.monotonic_s()
         if self._resume_due and now - self._resumed_s >= REFUSED_SECONDS:
             self._resume_due, self._resumed_s = False, now
-            await self.send(Resume(self._owner.wanted(self.life)))
+            self.post(Resume(self._owner.wanted(self.life)))
 
     async def close(self) -> None:
         self._closed = True
@@ -224,9 +229,9 @@ class EngineLink:
                     self._owner.on_held_all(self.life)
                     await self._begin(channel)
                 case Tokens() as tokens:
-                    await self._owner.on_tokens(self, tokens)
+                    self._owner.on_tokens(self, tokens)
                 case Refused() as refused:
-                    await self._owner.on_refused(self, refused)
+                    self._owner.on_refused(self, refused)
         self.last_error = str(channel.closed)
 
     async def _begin(self, channel: Channel) -> None:

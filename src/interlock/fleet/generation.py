@@ -70,20 +70,27 @@ class Generation:
     Iterating raises `Overloaded`, `NoMember` or `RequestFailed`.
     """
 
-    def __init__(self, request: GenerationRequest, abort: Callable[[str], Awaitable[None]]) -> None:
+    def __init__(
+        self,
+        request: GenerationRequest,
+        abort: Callable[[str], Awaitable[None]],
+        on_end_read: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """`abort` and `on_end_read` are called with the request's name: its reader leaves it, its reader has its end."""
         self.request = request
         self.engine = ""
         """Name of the engine that runs it, or ran it last; empty before the first dispatch."""
         self.attempts = 0
         """Dispatches so far."""
-        self._abort = abort
+        self._abort, self._on_end_read = abort, on_end_read
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
         self._made: list[Made] = []
         self._finish = self._detail = ""
         self._cached: int | None = None
         self._error: InterlockError | None = None
-        self._filled = asyncio.Event()
+        self._reader: asyncio.Future[None] | None = None
+        """Waits for something to read: one reader at a time."""
         self._over = False
 
     def __aiter__(self) -> Generation:
@@ -92,20 +99,25 @@ class Generation:
     async def __anext__(self) -> Generated:
         if self._over:
             raise StopAsyncIteration
-        await self._filled.wait()
+        while not (self._tokens or self._finish or self._error is not None or self._over):
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
         if self._tokens or self._finish:
-            piece = Generated(
-                self._tokens, self._logprobs, self._finish, self._cached or 0, self._detail, self._made
-            )
-            self._tokens, self._logprobs, self._made = [], [], []
-            self._over = bool(self._finish)
-            if self._error is None:
-                self._filled.clear()
-            return piece
+            return self._take()
         self._over = True
         if self._error is not None:
             raise self._error
         raise StopAsyncIteration
+
+    def _take(self) -> Generated:
+        piece = Generated(
+            self._tokens, self._logprobs, self._finish, self._cached or 0, self._detail, self._made
+        )
+        self._tokens, self._logprobs, self._made = [], [], []
+        if self._finish:
+            self._over = True
+            self._on_end_read(self.request.id)
+        return piece
 
     async def abort(self) -> None:
         """Nobody reads on: the request is ended wherever it runs. Idempotent, harmless after the end."""
@@ -134,7 +146,7 @@ class Generation:
         if finish:
             self._finish, self._detail = finish, detail
         if tokens or finish:
-            self._filled.set()
+            self._wake()
         return True
 
     def replay(
@@ -148,24 +160,28 @@ class Generation:
         self._tokens, self._logprobs, self._made = list(tokens), list(logprobs), list(made)
         self._cached = min(cached, len(self.request.prompt))
         if tokens:
-            self._filled.set()
+            self._wake()
 
     def fail(self, error: InterlockError) -> None:
         """What was delivered before can still be read; then `error` is raised."""
         if not self._finish and self._error is None:
             self._error = error
-            self._filled.set()
+            self._wake()
 
     def cut_off(self, error: InterlockError) -> None:
         """The request goes on without this reader, who can end it no more."""
-        self._abort = _nothing
+        self._abort, self._on_end_read = _nothing, lambda _: None
         self.fail(error)
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
     def close(self) -> None:
         """Aborted by its own reader: nothing more comes."""
         self._over = True
         self._tokens, self._logprobs, self._made = [], [], []
-        self._filled.set()
+        self._wake()
 
 
 async def _nothing(_: str) -> None:

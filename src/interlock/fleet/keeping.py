@@ -85,6 +85,7 @@ class RequestsKeeper:
         return kept
 
     def hear(self, view: Membership) -> None:
+        """A new word of the coordinator. Never waits."""
         if view.target == State.SUSPENDED:
             self.holding = True  # from here on, so that what is written next stays true
         if self._target != (view.epoch, view.target):
@@ -98,6 +99,7 @@ class RequestsKeeper:
             self._wake.set()
 
     async def run(self) -> None:
+        """Writes, empties and tells, for ever. A failing disk is told and tried again."""
         while True:
             await self._wake.wait()
             self._wake.clear()

@@ -17,7 +17,7 @@ from interlock.wire.token_ids import unpack_ids
 _encoder = msgspec.msgpack.Encoder()
 
 
-class KeptRequest(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+class KeptRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """One line of the ledger. In `request` stand the deadline that is left, and in a note no prompt."""
 
     request: GenerationRequest

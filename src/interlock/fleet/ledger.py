@@ -14,11 +14,12 @@ import msgspec
 
 from interlock.core.errors import LocalProtocolError
 from interlock.core.limits import REQUEST_SECONDS_DEFAULT, REQUESTS_IN_FLIGHT_MAX
+from interlock.core.sampling import Sampling
 from interlock.fleet.made import Made, extended
-from interlock.wire.engine_messages import Delta, Sampling, TokenLogprobs
+from interlock.wire.engine_messages import Delta, TokenLogprobs
 
 
-class Life(msgspec.Struct, frozen=True, order=True, gc=False):
+class Life(msgspec.Struct, frozen=True, order=True, gc=False, cache_hash=True):
     """One life of one engine."""
 
     name: str
@@ -28,7 +29,7 @@ class Life(msgspec.Struct, frozen=True, order=True, gc=False):
         return f"{self.name} (incarnation {self.incarnation})"
 
 
-class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """What a client asked for, validated and tokenised. `id` is unique in this front's life, `deadline_s` counts from submit."""
 
     id: str
@@ -111,9 +112,11 @@ class Ledger:
 
     @property
     def full(self) -> bool:
+        """Whether `add` would raise."""
         return len(self._entries) >= self.capacity
 
     def get(self, request: str) -> Entry | None:
+        """None where it is not here, or no more."""
         return self._entries.get(request)
 
     def entries(self) -> list[Entry]:
@@ -164,6 +167,7 @@ class Ledger:
         return entry
 
     def remove(self, request: str) -> Entry | None:
+        """It has ended; None where it was not here."""
         entry = self._entries.pop(request, None)
         if entry is not None and entry.life is not None:
             self._forget(entry.life, request)
@@ -176,12 +180,15 @@ class Ledger:
             del self._of_life[life]
 
     def running_on(self, life: Life) -> list[Entry]:
+        """Whose current attempt was given to that life, by name."""
         return [self._entries[request] for request in sorted(self._of_life.get(life, ()))]
 
     def in_flight(self, life: Life) -> int:
+        """How many they are."""
         return len(self._of_life.get(life, ()))
 
     def lives(self) -> list[Life]:
+        """Those that have an attempt."""
         return list(self._of_life)
 
     def accept(self, delta: Delta, sender: Life) -> Heard:
@@ -194,34 +201,32 @@ class Ledger:
             return Heard(Verdict.UNKNOWN)
         if delta.attempt != entry.attempt or entry.life is None:
             return Heard(Verdict.STALE if delta.attempt <= entry.attempt else Verdict.FOREIGN)
-        if sender != entry.life:
+        if sender is not entry.life and sender != entry.life:
             return Heard(Verdict.FOREIGN)
-        have = entry.attempt_tokens
-        if delta.start > have:
+        known = len(entry.delivered) - entry.base - delta.start
+        if known < 0:
             return Heard(Verdict.GAP)
-        known = min(have - delta.start, len(delta.tokens))
-        at = entry.base + delta.start
-        fresh = delta.tokens[known:]
-        if (
-            delta.start < 0
-            or entry.delivered[at : at + known] != delta.tokens[:known]
-            or len(entry.delivered) + len(fresh) > entry.request.sampling.max_tokens
-            or (delta.logprobs and len(delta.logprobs) != len(delta.tokens))
-        ):
+        tokens, logprobs = delta.tokens, delta.logprobs
+        if logprobs and len(logprobs) != len(tokens):
             return Heard(Verdict.CONFLICT)
-        if delta.finish and delta.start + len(delta.tokens) < have:
-            return Heard(Verdict.CONFLICT)  # an end before tokens that the same attempt has sent
-        if not fresh and not delta.finish:
+        if known:  # some of it is here already
+            if _contradicts(delta, entry, known):
+                return Heard(Verdict.CONFLICT)
+            tokens, logprobs = tokens[known:], logprobs[known:]
+        if len(entry.delivered) + len(tokens) > entry.request.sampling.max_tokens:
+            return Heard(Verdict.CONFLICT)
+        if tokens:
+            entry.delivered += tokens
+            entry.logprobs += logprobs
+            entry.made = extended(entry.made, Made(delta.version, len(tokens)))
+        elif not delta.finish:
             return Heard(Verdict.REPEAT)
-        if fresh:
-            entry.delivered += fresh
-            entry.logprobs += delta.logprobs[known:]
-            entry.made = extended(entry.made, Made(delta.version, len(fresh)))
         if entry.cached_tokens is None:
             entry.cached_tokens = delta.cached_tokens
         if delta.finish:
-            self.release(delta.request)
-        return Heard(Verdict.NEW, fresh, delta.logprobs[known:], delta.finish)
+            self._forget(entry.life, delta.request)
+            entry.life = None
+        return Heard(Verdict.NEW, tokens, logprobs, delta.finish)
 
     def check_integrity(self) -> None:
         """Raises AssertionError when the books do not balance: for idle times, simulated steps and tests."""
@@ -236,3 +241,14 @@ class Ledger:
                 seen += 1
         assert seen == sum(len(running) for running in self._of_life.values())
         assert all(self._of_life.values())
+
+
+def _contradicts(delta: Delta, entry: Entry, known: int) -> bool:
+    """Whether it says other tokens than those that are here, or an end before the last of them."""
+    told = delta.tokens[:known]
+    at = entry.base + delta.start
+    return (
+        delta.start < 0
+        or entry.delivered[at : at + len(told)] != told
+        or (bool(delta.finish) and len(delta.tokens) < known)
+    )

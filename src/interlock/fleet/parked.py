@@ -42,12 +42,15 @@ class Parked:
         return list(self._until_s)
 
     def add(self, request: str) -> None:
+        """Nobody reads it from now on."""
         self._until_s[request] = self._ran_s + TAKE_UP_SECONDS_MAX
 
     def end(self, ended: Ended) -> None:
+        """It is kept whole, so that it can still be read."""
         self._ended[ended.entry.request.id] = ended
 
     def ended(self, request: str) -> Ended | None:
+        """How it ended; None while it goes on, or once it was given up."""
         return self._ended.get(request)
 
     def take(self, request: str) -> None:

@@ -54,10 +54,12 @@ class Pause:
 
     @property
     def ok(self) -> bool:
+        """Whether every member came to stand."""
         return self.progress.ok
 
     @property
     def members(self) -> list[MemberProgress]:
+        """How each member came to stand."""
         return self.progress.members
 
     async def held(self) -> bool:

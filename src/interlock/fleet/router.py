@@ -10,7 +10,9 @@ with less of ours, then by name, so that a choice can be repeated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
+
+import msgspec
 
 from interlock.core.targets import State
 from interlock.fleet.ledger import Life
@@ -18,6 +20,7 @@ from interlock.wire.fleet_messages import Member, Membership
 
 
 def life_of(member: Member) -> Life:
+    """Which life of which engine `member` is."""
     return Life(member.name, member.incarnation)
 
 
@@ -31,29 +34,48 @@ def may_take_work(member: Member, view: Membership) -> bool:
     )
 
 
-def choose(
-    view: Membership,
-    in_flight: Callable[[Life], int],
-    usable: Callable[[Life], bool],
-    prefer: str | None = None,
-    avoid: Collection[Life] = (),
-) -> Member | None:
-    """The engine for the next request, None when none may take it now.
+class Openings:
+    """Who may take work in this turn. Between two answers of `choose` nothing changes but what went out, which is counted here."""
 
-    `usable` says of a life whether this front reaches it and was not just refused by it; `prefer` is a name that is taken
-    whatever its load; `avoid` are lives taken only where nothing else is left.
-    """
-    best: Member | None = None
-    least: tuple[bool, bool, int, int, str] | None = None
-    for member, life in _standing(view):
-        if not usable(life):
-            continue
-        own, load = in_flight(life), member.load
-        burden = max(own, load.running + load.waiting)
-        rank = (life in avoid, member.name != prefer, burden, own, member.name)
-        if least is None or rank < least:
-            best, least = member, rank
-    return best
+    def __init__(
+        self, view: Membership, in_flight: Callable[[Life], int], usable: Callable[[Life], bool]
+    ) -> None:
+        """`usable` says of a life whether this front reaches it and was not just refused by it."""
+        self._open = [
+            _Opening(member, life, in_flight(life), member.load.running + member.load.waiting)
+            for member, life in _standing(view)
+            if usable(life)
+        ]
+
+    def choose(self, prefer: str | None = None, avoid: Life | None = None) -> Member | None:
+        """The engine for the next request, None when none may take it now.
+
+        `prefer` is a name that is taken whatever its load; `avoid` is taken only where nothing else is left.
+        """
+        best: _Opening | None = None
+        least: tuple[bool, bool, int, int, str] | None = None
+        for each in self._open:
+            own, reported = each.own, each.reported
+            rank = (
+                avoid is not None and each.life == avoid,
+                prefer is not None and each.member.name != prefer,
+                own if own > reported else reported,
+                own,
+                each.member.name,
+            )
+            if least is None or rank < least:
+                best, least = each, rank
+        if best is None:
+            return None
+        best.own += 1
+        return best.member
+
+
+class _Opening(msgspec.Struct):
+    member: Member
+    life: Life
+    own: int
+    reported: int
 
 
 _judged: tuple[Membership, list[tuple[Member, Life]]] | None = None

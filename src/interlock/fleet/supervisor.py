@@ -17,13 +17,9 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable
-from pathlib import Path
+from collections.abc import Callable, Coroutine
 from typing import Any
 
-import msgspec
-
-from interlock.core.errors import InterlockError
 from interlock.core.limits import (
     CHILD_GRACE_SECONDS,
     ENGINE_RESTARTS_PER_MINUTE_MAX,
@@ -32,45 +28,23 @@ from interlock.core.limits import (
 )
 from interlock.core.targets import State
 from interlock.fleet.client import FleetClient
+from interlock.fleet.ended_lives import EndedLives
 from interlock.fleet.launchers.local import LocalLauncher, Part
+from interlock.fleet.plan import FleetPlan
+from interlock.fleet.probes import PROBE_ANSWER_SECONDS_MAX, Probe, Probes
 from interlock.host.base import Child, Host
-from interlock.wire.identity import incarnation_in
 
 _log = logging.getLogger(__name__)
 
 PROBE_SECONDS = 0.25
 STILL_SECONDS = 15.0
 """How often a part that takes long is said to be still on its way."""
-PROBE_ANSWER_SECONDS_MAX = 2.0
 MINUTE_SECONDS = 60.0
 LAST_ANSWER_SECONDS = 0.5
 """After the last engine was reported gone: the coordinator tells whoever asked for the STOP that it is done."""
 FRONT_DRAIN_SECONDS = 2.0
-IDENTITY_BYTES_MAX = 4096
 
-Probe = Callable[[], Awaitable[bool]]
 Say = Callable[[str], None]
-
-
-class FleetPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """What is to run, and how to see that it does."""
-
-    coordinator: Part
-    store: Part | None
-    engines: list[Part]
-    front: Part
-    coordinator_address: str
-    store_address: str
-    http_host: str
-    http_port: int
-    example: str = ""
-    """Said once the fleet is up: how to ask it something."""
-    stays: bool = True
-    """A fleet whose engines are all STOPPED waits for START; else it leaves."""
-    outlives: bool = False
-    """`states` outlive the supervisor: what was commanded last is asked for before any engine starts."""
-    states: Path
-    """Where each engine keeps its identity: `<states>/<name>/identity.json`."""
 
 
 class StartFailed(Exception):  # noqa: N818 - says what is, as the others do
@@ -96,18 +70,16 @@ class Supervisor:
     def __init__(self, host: Host, launcher: LocalLauncher, plan: FleetPlan, say: Say) -> None:
         self._host, self._launcher, self._plan, self._say = host, launcher, plan, say
         self._client = FleetClient(host, plan.coordinator_address)
-        self._kept = {part.name: _Kept(part) for part in self._parts()}
+        self._probes = Probes(host, plan, self._client)
+        self._kept = {part.name: _Kept(part) for part in plan.parts}
+        self._engines = [self._kept[part.name] for part in plan.engines]
         self._ready = False
         self._end: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._tellers: set[asyncio.Task[None]] = set()
+        self._ended = EndedLives(host, self._client, plan.states)
+        self._aside: set[asyncio.Task[None]] = set()
+        """What else is under way beside the parts' own tasks."""
         self._leaving = asyncio.Event()
         self._resting: asyncio.Task[None] | None = None
-        self._told: asyncio.Task[None] | None = None
-
-    def _parts(self) -> list[Part]:
-        plan = self._plan
-        store = [plan.store] if plan.store is not None else []
-        return [plan.coordinator, *store, *plan.engines, plan.front]
 
     def leave(self, why: str, status: int = 0) -> None:
         """Ends `run` with this status; the first call counts."""
@@ -133,37 +105,36 @@ class Supervisor:
                 self._announce(self._host.clock.monotonic_s() - started_s)
             return await self._end
         finally:
+            start.cancel()  # also where this task was cancelled: a Ctrl-C before `serve` has its handlers
             await asyncio.gather(start, return_exceptions=True)
             await self._leave_in_order()
 
     # --- starting ------------------------------------------------------------------------------------------------
 
     async def _start(self) -> None:
-        plan = self._plan
-        engines = {part.name for part in plan.engines}
-        others = [kept for name, kept in self._kept.items() if name not in engines]
+        plan, probes = self._plan, self._probes
         self._say("starting " + ", ".join(self._kept))
-        for kept in others:
-            self._begin(kept)
+        for kept in self._kept.values():
+            if kept not in self._engines:
+                self._begin(kept)
         if plan.outlives:
-            await self._up(plan.coordinator.name, self._coordinator_answers, PART_START_SECONDS_MAX)
-            if await self._target() == State.STOPPED:
-                await self._up(plan.front.name, self._front_answers, PART_START_SECONDS_MAX)
-                for name in engines:
-                    self._kept[name].stopped = True
+            await self._coordinator_up()
+            if await probes.target() == State.STOPPED:
+                await self._front_up()
+                for kept in self._engines:
+                    kept.stopped = True
                 self._say("the fleet is STOPPED, as it was left; `interlock ctl start` starts its engines")
                 self._rest()
                 return
-        for name in engines:
-            self._begin(self._kept[name])
-        waits = []
+        waits = [self._front_up()]
         if not plan.outlives:
-            waits.append(self._up(plan.coordinator.name, self._coordinator_answers, PART_START_SECONDS_MAX))
+            waits.append(self._coordinator_up())
         if plan.store is not None:
-            waits.append(self._up(plan.store.name, self._store_listens, PART_START_SECONDS_MAX))
-        for part in plan.engines:
-            waits.append(self._up(part.name, self._member_runs(part.name), ENGINE_START_SECONDS_MAX))
-        waits.append(self._up(plan.front.name, self._front_answers, PART_START_SECONDS_MAX))
+            waits.append(self._up(plan.store.name, probes.store, PART_START_SECONDS_MAX))
+        for kept in self._engines:
+            self._begin(kept)
+            name = kept.part.name
+            waits.append(self._up(name, probes.member(name), ENGINE_START_SECONDS_MAX))
         tasks = [asyncio.create_task(wait) for wait in waits]
         try:
             await asyncio.gather(*tasks)
@@ -171,6 +142,12 @@ class Supervisor:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _coordinator_up(self) -> None:
+        await self._up(self._plan.coordinator.name, self._probes.coordinator, PART_START_SECONDS_MAX)
+
+    async def _front_up(self) -> None:
+        await self._up(self._plan.front.name, self._probes.front, PART_START_SECONDS_MAX)
 
     def _begin(self, kept: _Kept) -> None:
         kept.stopped = kept.up = False
@@ -201,72 +178,19 @@ class Supervisor:
         self._kept[name].up = True
         self._say(f"  {name:<12} up after {self._host.clock.monotonic_s() - begun_s:5.1f} s")
 
-    async def _coordinator_answers(self) -> bool:
-        try:
-            await self._client.status(PROBE_ANSWER_SECONDS_MAX)
-        except (OSError, InterlockError) as error:
-            return getattr(error, "code", "") == "recovering"
-        return True
-
-    async def _target(self) -> str | None:
-        """The state that the fleet shall be in; None while nobody can say."""
-        try:
-            return (await self._client.status(PROBE_ANSWER_SECONDS_MAX)).target
-        except (OSError, InterlockError, TimeoutError):
-            return None
-
-    def _member_runs(self, name: str) -> Probe:
-        async def probe() -> bool:
-            try:
-                fleet = await self._client.status(PROBE_ANSWER_SECONDS_MAX)
-            except (OSError, InterlockError):
-                return False
-            return any(m.name == name and m.state == fleet.target and m.standing for m in fleet.members)
-
-        return probe
-
-    async def _store_listens(self) -> bool:
-        return await self._listens(self._plan.store_address)
-
-    async def _listens(self, address: str) -> bool:
-        try:
-            stream = await self._host.connect(address)
-        except OSError:
-            return False
-        stream.close()
-        return True
-
-    async def _front_answers(self) -> bool:
-        """Its health page answers; whatever it says, HTTP is served."""
-        try:
-            stream = await self._host.connect(f"tcp:{self._probe_host}:{self._plan.http_port}")
-        except OSError:
-            return False
-        try:
-            await stream.send(b"GET /health HTTP/1.0\r\nHost: localhost\r\n\r\n")
-            return (await stream.receive_exactly(5)) == b"HTTP/"
-        except (OSError, EOFError):
-            return False
-        finally:
-            stream.close()
-
-    @property
-    def _probe_host(self) -> str:
-        host = self._plan.http_host
-        return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-
     def _announce(self, seconds: float) -> None:
-        host = f"[{self._probe_host}]" if ":" in self._probe_host else self._probe_host
+        host = self._plan.reachable_host
+        host = f"[{host}]" if ":" in host else host
         url = f"http://{host}:{self._plan.http_port}"
         self._say(f"ready in {seconds:.1f} s: {url}/v1  (Ctrl-C ends it)")
         if self._plan.outlives:
-            self._told = asyncio.create_task(self._say_target(), name="target")
+            self._beside(self._say_target(), "say the target")
         if self._plan.example:
             self._say(self._plan.example.format(url=url))
 
     async def _say_target(self) -> None:
         """What it was left in, where that is not RUNNING."""
-        target = await self._target()
+        target = await self._probes.target()
         if target not in (None, State.RUNNING, State.STOPPED):
             self._say(f"the fleet is {target}, as it was left; `interlock ctl status` says who holds it")
 
@@ -276,7 +200,9 @@ class Supervisor:
         """Starts the part, again and again, until the fleet leaves or the part is STOPPED."""
         part, clock = kept.part, self._host.clock
         while not self._leaving.is_set():
+            await clock.sleep_s(self._pause_s(kept))
             kept.starts.append(clock.monotonic_s())
+            self._ended.next_begins(part.name)
             try:
                 kept.child = await self._launcher.start(part)
             except OSError as error:
@@ -289,7 +215,7 @@ class Supervisor:
                 self._say(f"{part.name}: a process of its tree cannot be ended; it is not started again")
                 return
             if part.kind == "engine":
-                self._tell_gone(part.name)
+                self._ended.tell(part.name)
                 if status == 0:
                     await self._engine_stopped(kept)
                     return
@@ -298,11 +224,22 @@ class Supervisor:
                     words = self._launcher.last_words(part.name)
                     self.leave(f"{part.name} died while the fleet was starting ({_how(status)}): {words}", 1)
                 return
+            if part.kind == "engine" and await self._probes.target() == State.STOPPED:
+                await self._engine_stopped(
+                    kept
+                )  # it died on its way there: a new life would only be stopped again
+                return
             pause_s = self._pause_s(kept)
             again = f"in {pause_s:.0f} s" if pause_s else "now"
             self._say(f"{part.name} died ({_how(status)}); it is started again {again}")
             _log.info("%s: %s", part.name, self._launcher.last_words(part.name))
-            await clock.sleep_s(pause_s)
+
+    def _beside(self, work: Coroutine[None, None, None], name: str) -> asyncio.Task[None]:
+        task = asyncio.create_task(work, name=name)
+        self._aside.add(task)
+        task.add_done_callback(self._aside.discard)
+        task.add_done_callback(self._on_end)
+        return task
 
     def _on_end(self, task: asyncio.Task[None]) -> None:
         """A defect of ours: a part that nobody starts again must not be missing in silence."""
@@ -316,28 +253,6 @@ class Supervisor:
             return 0.0
         return max(0.0, kept.starts[0] + MINUTE_SECONDS - self._host.clock.monotonic_s())
 
-    def _tell_gone(self, name: str) -> None:
-        """Reads which life it was before a next one begins, and tells the coordinator until that has heard it."""
-        try:
-            data = self._host.files.read(self._plan.states / name / "identity.json", IDENTITY_BYTES_MAX)
-        except (OSError, ValueError):
-            data = None
-        incarnation = incarnation_in(data)
-        if not incarnation:
-            return  # it had not begun a life
-        task = asyncio.create_task(self._repeat_gone(name, incarnation), name=f"gone {name}")
-        self._tellers.add(task)
-        task.add_done_callback(self._tellers.discard)
-
-    async def _repeat_gone(self, name: str, incarnation: int) -> None:
-        while True:
-            try:
-                await self._client.member_gone(name, incarnation, PROBE_ANSWER_SECONDS_MAX)
-                return
-            except (OSError, InterlockError, TimeoutError) as error:
-                _log.debug("MemberGone %s was not heard: %s", name, error)
-            await self._host.clock.sleep_s(PROBE_SECONDS)
-
     async def _engine_stopped(self, kept: _Kept) -> None:
         kept.stopped = True
         self._say(f"{kept.part.name} is stopped")
@@ -350,8 +265,7 @@ class Supervisor:
                 "the fleet is stopped; `interlock ctl start` starts its engines again, Ctrl-C ends the rest"
             )
             return
-        if self._tellers:
-            await asyncio.wait(set(self._tellers), timeout=CHILD_GRACE_SECONDS)
+        await self._ended.all_told(CHILD_GRACE_SECONDS)
         await self._host.clock.sleep_s(LAST_ANSWER_SECONDS)
         self.leave("the fleet is stopped")
 
@@ -359,36 +273,39 @@ class Supervisor:
 
     @property
     def _all_stopped(self) -> bool:
-        return all(self._kept[part.name].stopped for part in self._plan.engines)
+        return all(kept.stopped for kept in self._engines)
 
     def _rest(self) -> None:
         if self._resting is None or self._resting.done():
-            self._resting = asyncio.create_task(self._await_start(), name="wait for START")
-            self._resting.add_done_callback(self._on_end)
+            self._resting = self._beside(self._await_start(), "wait for START")
 
     async def _await_start(self) -> None:
-        """Until the target is STOPPED no more, or the end of what is left is asked for."""
-        while (target := await self._target()) in (None, State.STOPPED):
-            if self._all_stopped and self._launcher.told_to_leave:
+        """Until no engine is stopped, for the target is STOPPED no more; or the end of what is left is asked for."""
+        while stopped := [kept for kept in self._engines if kept.stopped]:
+            target = await self._probes.target()
+            if target not in (None, State.STOPPED):
+                names = [kept.part.name for kept in stopped]
+                self._say(f"the fleet shall be {target}: starting {', '.join(names)}")
+                for kept in stopped:
+                    self._begin(kept)
+                self._beside(self._say_when_up(names), "started")
+            elif self._all_stopped and self._launcher.told_to_leave:
                 await self._host.clock.sleep_s(LAST_ANSWER_SECONDS)
                 self.leave("the fleet is stopped and its end was asked for")
                 return
             await self._host.clock.sleep_s(PROBE_SECONDS)
+
+    async def _say_when_up(self, names: list[str]) -> None:
+        """Nobody waits for this: an engine may be stopped again, and begun again, before another is up."""
         begun_s = self._host.clock.monotonic_s()
-        stopped = [part.name for part in self._plan.engines if self._kept[part.name].stopped]
-        self._say(f"the fleet shall be {target}: starting {', '.join(stopped)}")
-        for name in stopped:
-            self._begin(self._kept[name])
-        ups = [self._up(name, self._member_runs(name), ENGINE_START_SECONDS_MAX) for name in stopped]
-        for up in await asyncio.gather(*ups, return_exceptions=True):
-            if isinstance(up, StartFailed):
-                self._say(str(up))  # it is started again like any that died; START says who did not come
-            elif isinstance(up, BaseException):
-                raise up
-        self._say(f"started in {self._host.clock.monotonic_s() - begun_s:.1f} s")
-        if any(self._kept[part.name].stopped for part in self._plan.engines):
-            self._resting = None
-            self._rest()
+        ups = [self._up(name, self._probes.member(name), ENGINE_START_SECONDS_MAX) for name in names]
+        failures = [up for up in await asyncio.gather(*ups, return_exceptions=True) if up is not None]
+        for failure in failures:
+            if not isinstance(failure, StartFailed):
+                raise failure
+            self._say(str(failure))  # it is started again like any that died; START says who did not come
+        if not failures:
+            self._say(f"started in {self._host.clock.monotonic_s() - begun_s:.1f} s")
 
     # --- leaving -------------------------------------------------------------------------------------------------
 
@@ -396,8 +313,9 @@ class Supervisor:
         """The front first, so that no request comes any more; then everything else at once."""
         self._leaving.set()
         begun_s = self._host.clock.monotonic_s()
-        for teller in [*self._tellers, *(task for task in (self._resting, self._told) if task is not None)]:
-            teller.cancel()
+        self._ended.close()
+        for task in self._aside:
+            task.cancel()
         front = self._kept[self._plan.front.name]
         others = [kept for kept in self._kept.values() if kept is not front]
         await self._end_parts([front], FRONT_DRAIN_SECONDS)

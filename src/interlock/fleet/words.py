@@ -9,6 +9,10 @@ from interlock.core.targets import Hold, KeptCache, Mode, State
 from interlock.core.targets import Target as CoreTarget
 from interlock.wire import fleet_messages as say
 
+TERM_MAX = 1 << 62
+"""Terms are nanoseconds of a clock (year 2116). Whoever leads next does so above the highest that is remembered: believed, one
+word of a broken engine would leave no number that fits into a message."""
+
 
 def hold_in_words(hold: Hold) -> say.Hold:
     return say.Hold(hold.owner, hold.mode, hold.deadline_s)
@@ -22,7 +26,9 @@ def target_in_words(target: CoreTarget) -> say.Target:
 
 
 def target_in_types(target: say.Target) -> CoreTarget:
-    """Raises ValueError for words that do not exist."""
+    """What somebody remembers. Raises ValueError for words that do not exist, and for an epoch that no coordinator can have told."""
+    if not 0 <= target.epoch.term < TERM_MAX or target.epoch.number < 0:
+        raise ValueError(f"no coordinator has told epoch {target.epoch}: terms are below {TERM_MAX}")
     holds = tuple(Hold(hold.owner, Mode(hold.mode), hold.deadline_s) for hold in target.holds)
     return CoreTarget(
         target.epoch,
@@ -47,6 +53,8 @@ def commanded(ask: say.Command, now_s: float) -> Commanded:
         raise ValueError(f"{ask.mode[:NAME_CHARS_MAX]!r} is no pause mode; there are {', '.join(Mode)}")
     if ask.kv not in set(KeptCache):
         raise ValueError(f"kv is {ask.kv[:NAME_CHARS_MAX]!r}; it is one of {', '.join(KeptCache)}")
+    if not ask.command_id:
+        raise ValueError("command_id must not be empty: by it the command is asked about later")
     for field in ("command_id", "version", "break_hold_of"):
         if len(getattr(ask, field) or "") > NAME_CHARS_MAX:
             raise ValueError(f"{field} must have at most {NAME_CHARS_MAX} characters")

@@ -17,6 +17,8 @@ class UnknownPeer(InterlockError):  # noqa: N818
 
 
 class Directory(Protocol):
+    """Where peers are reached."""
+
     async def address_of(self, peer: str) -> str:
         """Where to dial. Raises `UnknownPeer`; bounded by the caller."""
         ...
@@ -38,6 +40,7 @@ class StaticDirectory:
         self._watchers: list[Callable[[str], None]] = []
 
     async def address_of(self, peer: str) -> str:
+        """Raises `UnknownPeer`."""
         address = self._addresses.get(peer)
         if address is None:
             raise UnknownPeer(
@@ -49,9 +52,11 @@ class StaticDirectory:
         """What was given stands until it is changed."""
 
     def watch(self, changed: Callable[[str], None]) -> None:
+        """`changed` is called with the name of a peer whose address is another one."""
         self._watchers.append(changed)
 
     def update(self, peer: str, address: str) -> None:
+        """Where `peer` is from now on; watchers hear of it when it was somewhere else."""
         before = self._addresses.get(peer)
         self._addresses[peer] = address
         if before is not None and before != address:
@@ -59,4 +64,5 @@ class StaticDirectory:
                 changed(peer)
 
     def peers(self) -> list[str]:
+        """Their names, sorted."""
         return sorted(self._addresses)

@@ -44,9 +44,11 @@ class CoordinatorDirectory:
         self.last_error = "not connected yet"
 
     async def start(self) -> None:
+        """Begins to announce and to listen; an absent coordinator is asked again and again."""
         self._tasks = [asyncio.create_task(self._run(), name="directory")]
 
     async def close(self) -> None:
+        """Ends both. Idempotent."""
         tasks, self._tasks = self._tasks, []
         for task in tasks:
             task.cancel()
@@ -55,6 +57,7 @@ class CoordinatorDirectory:
     # --- Directory -------------------------------------------------------------------------------------------------
 
     async def address_of(self, peer: str) -> str:
+        """As the coordinator said last. Raises `UnknownPeer`."""
         known = self._known.get(peer)
         if known is not None:
             return known
@@ -76,10 +79,12 @@ class CoordinatorDirectory:
         return found.address
 
     def invalidate(self, peer: str, address: str) -> None:
+        """Nobody, or somebody else, was there: that address is forgotten."""
         if self._known.get(peer) == address:
             del self._known[peer]
 
     def watch(self, changed: Callable[[str], None]) -> None:
+        """`changed` is called with the name of a peer whose address is another one."""
         self._watchers.append(changed)
 
     # --- the channel -----------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from interlock.fleet.client import CommandFailed
 from interlock.web.answers import encoder
 from interlock.web.errors import SERVER, UNAVAILABLE, ApiError
 from interlock.web.front import Front
-from interlock.web.http import Disconnected, Reply, bearer_token, while_connected
+from interlock.web.http import Disconnected, Reply, bearer_token, header, while_connected
 from interlock.web.queries import read_query
 
 Owner = Annotated[str, Meta(min_length=1, max_length=NAME_CHARS_MAX)]
@@ -35,6 +35,8 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 
 class PauseQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`POST /interlock/pause`."""
+
     mode: Literal["keep", "wait", "abort"] = "keep"
     owner: Owner = "http"
     timeout_s: Seconds = COMMAND_SECONDS_DEFAULT
@@ -44,12 +46,16 @@ class PauseQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class UnpauseQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`POST /interlock/unpause`. `break_hold_of`: an administrator ends the hold of this owner."""
+
     owner: Owner = "http"
     timeout_s: Seconds = COMMAND_SECONDS_DEFAULT
     break_hold_of: Owner | None = None
 
 
 class UpdateQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`POST /interlock/update`."""
+
     version: Owner
     weights: Annotated[str, Meta(min_length=1, max_length=FACT_CHARS_MAX)]
     """Checkpoint directory, as the engines see it."""
@@ -59,16 +65,22 @@ class UpdateQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class PlainQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Of commands that say no more than whose they are."""
+
     owner: Owner = "http"
     timeout_s: Seconds = COMMAND_SECONDS_DEFAULT
 
 
 class CommandQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`GET /interlock/command`: what became of it."""
+
     id: Owner
     owner: Annotated[str, Meta(max_length=NAME_CHARS_MAX)] = ""
 
 
 class EventsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`GET /interlock/events`."""
+
     after: Annotated[int, Meta(ge=0)] = 0
     """The last number that was seen."""
     ring: Annotated[str, Meta(max_length=NAME_CHARS_MAX)] = ""
@@ -77,6 +89,8 @@ class EventsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class StartQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`POST /interlock/start`."""
+
     version: Owner | None = None
     """What the weights are called; without it those that the fleet had."""
     weights: Annotated[str, Meta(max_length=FACT_CHARS_MAX)] = ""
@@ -98,12 +112,23 @@ class AdminEndpoint:
         reply = Reply(send)
         try:
             self._check_access(scope)
+            self._check_no_body(scope)
             answer = await while_connected(receive, self._ask(scope))
             await reply.whole(200, encoder.encode(answer))
         except ApiError as error:
             await reply.error(error)
         except Disconnected:
             return
+
+    def _check_no_body(self, scope: Scope) -> None:
+        """Who writes `{"mode": "abort"}` into a body must not get another pause than that one, and a 200."""
+        if header(scope, b"content-length") in (None, "0") and header(scope, b"transfer-encoding") is None:
+            return
+        raise ApiError(
+            400,
+            f"What a command is to be stands in the query, as in /interlock/{self._verb}?owner=me; a body is not read.",
+            code="unexpected_body",
+        )
 
     def _check_access(self, scope: Scope) -> None:
         access = self._front.access

@@ -26,6 +26,7 @@ PAUSED_TARGETS = (State.PAUSED, State.SUSPENDED)
 
 
 def make_app(front: Front) -> Starlette:
+    """Of a front that is started."""
     pages = Pages(front)
     routes = [
         Route("/v1/completions", completions_endpoint(front), methods=["POST"]),
@@ -42,6 +43,7 @@ def make_app(front: Front) -> Starlette:
 
 
 async def told(_: Request, error: Exception) -> Response:
+    """An `ApiError` as its client sees it."""
     assert isinstance(error, ApiError)
     headers = {name.decode(): value.decode() for name, value in error.headers}
     return Response(error.body, error.status, headers, media_type="application/json")
@@ -68,6 +70,11 @@ class Pages:
         self._front = front
 
     async def models(self, request: Request) -> Response:
+        """The model that is served; 503 with a sentence where nobody serves it: a fleet that is STOPPED, or has not begun.
+
+        Load balancers and clients take a 200 here for *ask me*: a vLLM server answers it exactly while it serves, also while it
+        sleeps. So a fleet that is paused or suspended says 200, too.
+        """
         check_use(self._front, request.scope)
         return as_json({"object": "list", "data": [self._model()]})
 
@@ -78,13 +85,12 @@ class Pages:
 
     def _model(self) -> dict[str, Any]:
         front = self._front
-        view = front.fleet.membership
         return {
             "id": front.served_model_name,
             "object": "model",
             "created": front.created_s,
             "owned_by": "interlock",
-            "max_model_len": front.max_model_tokens() if view is not None and view.members else None,
+            "max_model_len": front.max_model_tokens(),
         }
 
     async def health(self, _: Request) -> Response:
@@ -127,4 +133,5 @@ class Pages:
 
 
 def as_json(content: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """A whole answer."""
     return Response(encoder.encode(content), status, headers, media_type="application/json")

@@ -27,6 +27,8 @@ WHOLE, CHUNK = "chat.completion", "chat.completion.chunk"
 
 
 class ChatAnswer:
+    """How one chat is answered (`answers.Answer`)."""
+
     def __init__(self, front: Front, job: Job) -> None:
         self._front = Envelope(front, job)
         self._job = job

@@ -17,6 +17,8 @@ OBJECT = "text_completion"
 
 
 class CompletionAnswer:
+    """How one completion is answered (`answers.Answer`)."""
+
     def __init__(self, front: Front, job: Job) -> None:
         self._front = Envelope(front, job)
         self._job = job

@@ -108,8 +108,10 @@ def check_use(front: Front, scope: Scope) -> None:
 
 
 def completions_endpoint(front: Front) -> GenerationEndpoint[CompletionRequest]:
+    """`POST /v1/completions`."""
     return GenerationEndpoint(front, "completions", CompletionRequest, completion_job, CompletionAnswer)
 
 
 def chat_endpoint(front: Front) -> GenerationEndpoint[ChatRequest]:
+    """`POST /v1/chat/completions`."""
     return GenerationEndpoint(front, "chat", ChatRequest, chat_job, ChatAnswer)

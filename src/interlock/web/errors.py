@@ -47,6 +47,7 @@ class ApiError(Exception):
 
     @property
     def body(self) -> bytes:
+        """In OpenAI's shape."""
         return msgspec.json.encode(
             {
                 "error": {
@@ -67,16 +68,19 @@ class ApiError(Exception):
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    """400: the request cannot be served as it is; `param` is at fault."""
     return ApiError(400, message, param=param, code=code)
 
 
 def unsupported(param: str, what: str | None = None) -> ApiError:
+    """400: `param` is known and not supported; `what` says more."""
     return invalid(
         f"{what or param} is not supported by this server yet; leave it out", param, "unsupported_parameter"
     )
 
 
 def no_engine(message: str) -> ApiError:
+    """503: nobody could serve it now."""
     return ApiError(503, message, kind=UNAVAILABLE, code="no_engine", retry_after_s=RETRY_AFTER_SECONDS)
 
 

@@ -11,6 +11,7 @@ import msgspec
 
 from interlock.core.limits import TOKENIZE_INLINE_CHARS_MAX
 from interlock.core.roster import Sight
+from interlock.core.targets import State
 from interlock.fleet.generation import Generation
 from interlock.fleet.ledger import GenerationRequest
 from interlock.host.base import Host
@@ -106,9 +107,11 @@ class Access(msgspec.Struct, frozen=True):
     admin_token: str | None = None
 
     def may_use(self, given: str | None) -> bool:
+        """Whether who sent this token may ask the model."""
         return self.api_key is None or self.may_command(given)
 
     def may_command(self, given: str | None) -> bool:
+        """Whether who sent this token may command the fleet."""
         if given is None:
             return False
         # Both comparisons are made, each in constant time: how long an answer takes tells nothing about a secret.
@@ -147,10 +150,10 @@ class Front:
     def max_model_tokens(self) -> int:
         """The longest sequence that every engine takes. Raises `ApiError` 503 while none has said."""
         view = self.fleet.membership
-        members = view.members if view else []
+        members = view.members if view is not None and view.target != State.STOPPED else []
         lengths = [m.facts.max_model_tokens for m in members if m.state != Sight.LOST and m.facts.address]
         if not lengths:
-            raise no_engine("No engine has joined the fleet yet; ask again in a moment.")
+            raise no_engine(_why_nobody(view))
         return min(lengths)
 
     def system_fingerprint(self) -> str | None:
@@ -180,3 +183,11 @@ class Front:
                 param="model",
                 code="model_not_found",
             )
+
+
+def _why_nobody(view: Membership | None) -> str:
+    if view is not None and view.target == State.STOPPED:
+        return "The fleet is stopped; `interlock ctl start` starts its engines again."
+    if view is not None and view.members:
+        return "No engine of the fleet is alive; they are started again: ask again in a moment."
+    return "No engine has joined the fleet yet; ask again in a moment."

@@ -156,6 +156,7 @@ class Choices:
         self._taken_up = taken_up
 
     def begin(self) -> None:
+        """Submits each of them, or takes it up."""
         if self._taken_up is not None:
             for index, (request, after) in enumerate(zip(*self._taken_up, strict=True)):
                 self._choices.append(Choice(self._front, self._job, index, taken_up=request, after=after))

@@ -37,6 +37,7 @@ def header(scope: Scope, name: bytes) -> str | None:
 
 
 def bearer_token(scope: Scope) -> str | None:
+    """Of the authorization header; None where there is none of that scheme."""
     given = header(scope, b"authorization")
     if given is None:
         return None
@@ -86,11 +87,13 @@ class Body:
         return bool(message.get("more_body", False))
 
     def release(self) -> None:
+        """It is needed no more."""
         self._front.body_bytes -= len(self.data)
         self.data = bytearray()
 
 
 def too_large() -> ApiError:
+    """413."""
     return ApiError(
         413,
         f"The body has more than the {HTTP_BODY_BYTES_MAX} bytes that are taken; send less.",
@@ -109,14 +112,17 @@ class Reply:
     async def whole(
         self, status: int, body: bytes, kind: bytes = JSON, headers: Headers | None = None
     ) -> None:
+        """An answer in one piece."""
         length = [(b"content-length", str(len(body)).encode())]
         await self.start(status, kind, length + (headers or []))
         await self._emit({"type": "http.response.body", "body": body})
 
     async def error(self, error: ApiError) -> None:
+        """An answer that says what was wrong."""
         await self.whole(error.status, error.body, headers=error.headers)
 
     async def start(self, status: int, kind: bytes, headers: Headers) -> None:
+        """Status and headers; then `more`, then `end`."""
         self.begun = True
         own = [(b"x-request-id", self.request_id.encode())] if self.request_id else []
         await self._emit(
@@ -128,9 +134,11 @@ class Reply:
         )
 
     async def more(self, data: bytes) -> None:
+        """A piece of a stream."""
         await self._emit({"type": "http.response.body", "body": data, "more_body": True})
 
     async def end(self) -> None:
+        """Of a stream."""
         await self._emit({"type": "http.response.body", "body": b""})
 
     async def _emit(self, message: dict[str, Any]) -> None:

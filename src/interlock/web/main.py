@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import signal
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from interlock.core.limits import CHILD_GRACE_SECONDS, HTTP_CONNECTIONS_MAX
 from interlock.fleet.client import FleetClient
 from interlock.fleet.dispatcher import Dispatcher
 from interlock.host.base import Host
+from interlock.host.leaving import first_of, signalled
 from interlock.host.ports import adopt_port, bind_port, port_of
 from interlock.host.processes import parent_gone
 from interlock.telemetry.events import EventLog
@@ -151,31 +151,3 @@ async def leave(
             task.cancel()
         serving.cancel()
     await asyncio.gather(serving, return_exceptions=True)
-
-
-@contextlib.contextmanager
-def signalled() -> Iterator[asyncio.Event]:
-    """An event that SIGTERM and SIGINT set."""
-    event = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    for number in numbers:
-        loop.add_signal_handler(number, event.set)
-    try:
-        yield event
-    finally:
-        for number in numbers:
-            loop.remove_signal_handler(number)
-
-
-async def first_of(*waits: Coroutine[Any, Any, object] | asyncio.Future[Any]) -> None:
-    """Until one of them is over; raises what it raised."""
-    tasks = [asyncio.ensure_future(wait) for wait in waits]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

@@ -54,6 +54,8 @@ REFUSALS = ("overloaded", "no_member")
 
 
 class FrontMetrics:
+    """One front's, as Prometheus reads them."""
+
     def __init__(self, fleet: Seen) -> None:
         self._metrics = Metrics()
         counter, histogram = self._metrics.counter, self._metrics.histogram
@@ -83,9 +85,11 @@ class FrontMetrics:
         self._metrics.registry.register(FleetGauges(fleet))
 
     def count_request(self, endpoint: str, outcome: str) -> None:
+        """One that was answered, however."""
         self._requests[endpoint, outcome].inc()
 
     def render(self) -> bytes:
+        """All of them, as text."""
         return self._metrics.render()
 
 

@@ -18,6 +18,8 @@ MESSAGE_COST_CHARS = 64
 
 
 class Prompt(msgspec.Struct, frozen=True):
+    """Token ids, and the text they were made from where it came as text."""
+
     ids: list[int]
     text: str | None = None
     """As it came, if it came as text."""

@@ -7,11 +7,11 @@ from uuid import uuid4
 import msgspec
 
 from interlock.core.limits import GENERATIONS_PER_REQUEST_MAX
+from interlock.core.sampling import Sampling
 from interlock.web.errors import context_too_long, invalid
 from interlock.web.front import Front
 from interlock.web.prompts import Prompt, chat_prompt, check_ids, completion_prompts
 from interlock.web.schema import ChatRequest, CompletionRequest, SamplingFields
-from interlock.wire.engine_messages import Sampling
 
 COMPLETION_TOKENS_DEFAULT = 16
 """OpenAI's, for completions; a chat may fill the context."""

@@ -38,6 +38,8 @@ ShortText = Annotated[str, Meta(max_length=TENANT_CHARS_MAX)]
 
 
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Of a streamed answer."""
+
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
     """Random padding against traffic analysis; accepted for the official client's sake, none is added."""

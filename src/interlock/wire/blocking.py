@@ -67,6 +67,7 @@ class BlockingChannel:
 
     @property
     def peer(self) -> Identity:
+        """Who answered our Hello, in which life."""
         return self._talk.peer
 
     @property

@@ -102,6 +102,7 @@ class Channel:
 
     @property
     def peer(self) -> Identity:
+        """Who is at the other end, in which life."""
         return self._talk.peer
 
     @property
@@ -195,9 +196,11 @@ class Channel:
         )
 
     async def reply(self, received: Received, body: msgspec.Struct, fds: Sequence[int] = ()) -> None:
+        """Answers a request. Raises as `send` does; nobody waits for whether it was read."""
         await self.send(body, received.number, fds)
 
     async def fault(self, received: Received, code: str, message: str, retryable: bool = False) -> None:
+        """Answers a request by a refusal: the asker's `request` raises `ChannelFault` with these words."""
         await self.send(Fault(code, message, retryable), received.number)
 
     def take_fds(self) -> list[int]:

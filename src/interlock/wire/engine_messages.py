@@ -7,31 +7,12 @@ from typing import Annotated
 import msgspec
 
 from interlock.core.identity import Epoch
-from interlock.core.limits import LOGPROBS_MAX, NOTE_BYTES_MAX, REQUESTS_IN_FLIGHT_MAX
+from interlock.core.limits import DISPATCHES_PER_FRAME_MAX, NOTE_BYTES_MAX, REQUESTS_IN_FLIGHT_MAX
+from interlock.core.sampling import Sampling
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True, gc=False):
     """`gc=False`, here and below: they refer to no cycle, and a collector that never looks at them costs their tokens nothing."""
-
-
-class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, gc=False):
-    """Sampling parameters by vLLM's names and meanings. Stop strings are not here: text is made by the front."""
-
-    max_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int | None = None
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    min_tokens: int = 0
-    stop_token_ids: list[int] = []
-    ignore_eos: bool = False
-    logit_bias: dict[int, float] = {}
-    logprobs: Annotated[int, msgspec.Meta(ge=0, le=LOGPROBS_MAX)] | None = None
-    """Number of alternatives reported beside the sampled token; None: no logprobs."""
 
 
 # --- front -> engine ---------------------------------------------------------------------------------------------
@@ -55,7 +36,15 @@ class Dispatch(Message, frozen=True):
     """The front's own: what it needs besides to own this request again after its death. The engine keeps it, no more."""
 
 
+class DispatchAll(Message, frozen=True):
+    """`Dispatch` for each of these, in order: what waited together."""
+
+    dispatches: Annotated[list[Dispatch], msgspec.Meta(max_length=DISPATCHES_PER_FRAME_MAX)]
+
+
 class Abort(Message, frozen=True):
+    """Stop this attempt; what it still says is dropped. Answered by nothing: the engine may not have it any more."""
+
     request: str
     attempt: int
 
@@ -156,6 +145,8 @@ class Delta(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Tokens(Message, frozen=True):
+    """What one step of the engine made, for every request of this front that it made something of."""
+
     deltas: Annotated[list[Delta], msgspec.Meta(max_length=REQUESTS_IN_FLIGHT_MAX)]
 
 
@@ -169,5 +160,5 @@ class Refused(Message, frozen=True):
     epoch: Epoch
 
 
-FromFront = Dispatch | Abort | Acknowledge | AcknowledgeAll | Resume | Recover
+FromFront = Dispatch | DispatchAll | Abort | Acknowledge | AcknowledgeAll | Resume | Recover
 FromEngine = Tokens | Refused | Held | HeldAll

@@ -50,7 +50,7 @@ class Ping(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
 
 
 class Pong(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    pass
+    """Answers `Ping`."""
 
 
 class Fault(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):

@@ -21,10 +21,12 @@ from interlock.core.limits import (
 )
 
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=NAME_CHARS_MAX)]
+Version = Annotated[str, msgspec.Meta(max_length=NAME_CHARS_MAX)]
+"""Of weights. Whoever names one is repeated to everybody, so it is short."""
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    pass
+    """What a coordinator and its members, fronts and commanders say to each other."""
 
 
 # --- engine -> coordinator ---------------------------------------------------------------------------------------
@@ -46,6 +48,8 @@ class EngineFacts(msgspec.Struct, frozen=True):
 
 
 class Load(msgspec.Struct, frozen=True):
+    """How busy an engine is: requests, and the share (0 to 1) of its KV blocks in use."""
+
     running: int = 0
     waiting: int = 0
     kv_used_share: float = 0.0
@@ -69,14 +73,14 @@ class MemberReport(Message, frozen=True):
     state: str
     epoch: Epoch
     standing: Epoch | None
-    version: str | None
+    version: Version | None
     """Weights version, None while unknown (a failed or interrupted update)."""
     load: Load = Load()
     heard: Target | None = None
     """The target of the highest epoch heard, with its holds: what a coordinator that lost its state recovers from, and
     the answer to a lower epoch."""
     failed: str | None = None
-    """Why the last step towards `epoch` failed; it is not repeated before a higher epoch."""
+    """Why the last step towards `epoch` failed; until a higher epoch, or until it is tried again."""
     memory: Memory | None = None
 
 
@@ -97,7 +101,7 @@ class Target(Message, frozen=True):
     epoch: Epoch
     state: str
     mode: str
-    version: str
+    version: Version
     holds: Annotated[list[Hold], msgspec.Meta(max_length=HOLDS_MAX)] = []
     weights: Annotated[str, msgspec.Meta(max_length=FACT_CHARS_MAX)] = ""
     """Where the checkpoint of `version` lies; empty: what the engine was started with."""
@@ -141,21 +145,25 @@ class Member(msgspec.Struct, frozen=True):
     facts: EngineFacts
     state: str
     standing: bool
-    version: str | None
+    version: Version | None
     load: Load = Load()
     memory: Memory | None = None
 
 
 class Membership(Message, frozen=True):
+    """The whole fleet as the coordinator sees it: a level, said at every change."""
+
     epoch: Epoch
     target: str
-    version: str
+    version: Version
     holds: Annotated[list[Hold], msgspec.Meta(max_length=HOLDS_MAX)]
     members: Annotated[list[Member], msgspec.Meta(max_length=MEMBERS_MAX)]
     weights: Annotated[str, msgspec.Meta(max_length=FACT_CHARS_MAX)] = ""
     kv: str = "recompute"
     weights_known: bool = True
     """False from UPDATE until every engine has them, and after one that failed."""
+    awaited: Annotated[list[Name], msgspec.Meta(max_length=MEMBERS_MAX)] = []
+    """Members that are expected and were not heard by this coordinator: they stand in `members` once they report."""
 
 
 # --- launcher -> coordinator -------------------------------------------------------------------------------------
@@ -167,6 +175,8 @@ class MemberGone(Message, frozen=True):
     name: Name
     incarnation: int
     """0: every life of it so far."""
+    again: bool = False
+    """The next life of that name may have begun when this was said: nobody is waited for the less by it."""
 
 
 # --- administrators -> coordinator -------------------------------------------------------------------------------
@@ -197,6 +207,8 @@ class Command(Message, frozen=True):
 
 
 class CommandAccepted(Message, frozen=True):
+    """The command was judged legal, and is on disk: what it asks for is the fleet's target from `epoch` on."""
+
     epoch: Epoch
 
 
@@ -211,6 +223,8 @@ class MemberProgress(msgspec.Struct, frozen=True):
 
 
 class CommandProgress(Message, frozen=True):
+    """How far a command is; said at every change, the last time with `done`. `message` is a sentence."""
+
     epoch: Epoch
     members: Annotated[list[MemberProgress], msgspec.Meta(max_length=MEMBERS_MAX)]
     done: bool
@@ -219,7 +233,7 @@ class CommandProgress(Message, frozen=True):
 
 
 class GetStatus(Message, frozen=True):
-    pass
+    """Answered by `Membership`."""
 
 
 class GetCommand(Message, frozen=True):
@@ -282,6 +296,8 @@ class GetMetrics(Message, frozen=True):
 
 
 class MetricsText(Message, frozen=True):
+    """Answers `GetMetrics`."""
+
     text: str
     """Prometheus' exposition."""
 
@@ -303,15 +319,13 @@ class FindPeer(Message, frozen=True):
 
 
 class PeerAddress(Message, frozen=True):
+    """Where a transfer engine listens, in which of its lives."""
+
     name: Name
     incarnation: int
     address: Annotated[str, msgspec.Meta(max_length=FACT_CHARS_MAX)]
 
 
-FromEngine = MemberReport
-FromFront = WatchMembership
 Question = GetStatus | GetCommand | GetEvents | GetMetrics
-FromAdmin = Command | Question | MemberGone
 ToCoordinator = MemberReport | WatchMembership | MemberGone | Command | Question | Announce | FindPeer
 ToAdmin = CommandAccepted | CommandProgress | CommandReport | Membership | Events | MetricsText
-FromCoordinator = Target | Membership | CommandAccepted | CommandProgress

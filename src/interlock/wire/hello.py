@@ -35,6 +35,7 @@ def check_user(peer: Peer) -> None:
 
 
 def hello_frame(me: Identity, role: str, token: bytes) -> bytes:
+    """The first frame of a connection, whole: what whoever dials sends before anything else."""
     hello = Hello(PROTOCOL_VERSION, role, me.next_attempt(), token, me.life)
     return encode_frame(me.name, me.incarnation, 1, 0, hello)
 
@@ -54,6 +55,7 @@ def read_hello(envelope: Envelope, peer: Peer, token: bytes) -> Hello:
 
 
 def judge_hello(envelope: Envelope, hello: Hello, peer: Peer, known: KnownPeers) -> Welcome | Rejected:
+    """What to answer a Hello that came with the right token: the welcome, or why this life gets none."""
     if hello.protocol != PROTOCOL_VERSION:
         return Rejected(
             f"protocol {hello.protocol} was offered, {PROTOCOL_VERSION} is spoken here; run the same version"

@@ -38,10 +38,12 @@ class Identity:
 
     @property
     def name(self) -> str:
+        """Which part of the system this is, over all its lives."""
         return self._name
 
     @property
     def incarnation(self) -> int:
+        """Which of its lives; never falls, and is on disk before the first message where the identity is durable."""
         return self._incarnation
 
     @property
@@ -51,6 +53,7 @@ class Identity:
 
     @property
     def accepted(self) -> bool:
+        """Whether any peer has accepted this life: from then on it never becomes a newer one."""
         return self._accepted
 
     def next_attempt(self) -> int:
@@ -59,6 +62,7 @@ class Identity:
         return self._attempts
 
     def mark_accepted(self) -> None:
+        """To be said when a peer has welcomed this life."""
         self._accepted = True
 
     def raise_above(self, highest: int, by: str) -> None:
@@ -100,6 +104,7 @@ class DurableIdentity(Identity):
         self._files, self._path, self._clock = files, path, clock
 
     def store(self) -> None:
+        """Puts name and incarnation on disk, synced. Raises `OSError`."""
         self._files.write_durably(
             self._path, seal(msgspec.json.encode(_Stored(self._name, self._incarnation)))
         )
@@ -132,10 +137,14 @@ class MachineState(Protocol):
     """What of a host an identity needs; `RealHost` and `BlockingHost` both have it."""
 
     @property
-    def clock(self) -> Clock: ...
+    def clock(self) -> Clock:
+        """Its wall clock begins an incarnation."""
+        ...
 
     @property
-    def files(self) -> Files: ...
+    def files(self) -> Files:
+        """Where the last one is kept."""
+        ...
 
 
 def load_identity(host: MachineState, state_dir: Path, name: str) -> DurableIdentity:
@@ -187,6 +196,7 @@ class KnownPeers:
         self._claims: OrderedDict[str, Claim] = OrderedDict()
 
     def highest(self, name: str) -> int:
+        """The highest life heard of `name`; 0: none."""
         claim = self._claims.get(name)
         return claim.incarnation if claim else 0
 

@@ -32,6 +32,7 @@ class Location(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     @property
     def checksums(self) -> tuple[int, ...]:
+        """One unsigned 64-bit number for each (layer group, head), groups outermost."""
         return unpack_sums(self.sums)
 
 

@@ -41,7 +41,7 @@ HexPrefix = Annotated[str, msgspec.Meta(max_length=64, pattern="^[0-9a-f]*$")]
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    pass
+    """What a store node and its clients say to each other."""
 
 
 # --- from clients ------------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ class Withdraw(Message, frozen=True):
 
 
 class GetStats(Message, frozen=True):
-    pass
+    """Answered by `Stats`."""
 
 
 class Clear(Message, frozen=True):
@@ -140,8 +140,8 @@ class Remove(Message, frozen=True):
     """Administrator's verb: forget the blocks of `tenant` (what is being written for him included), or those whose key
     begins with these hexadecimal digits, or those that both are said of, or just `keys`. Done in slices.
 
-    All but `keys` is done at the node's peers, too, or the blocks would come back from there: `Done.missed` are the peers
-    that did not answer, which have to be asked again."""
+    All but `keys` is done at the node's peers, too, and remembered: `Done.missed` are the nodes that have not carried it out
+    yet (away, or their disk fails); they will, and until then nobody takes such blocks from them (core/removals)."""
 
     tenant: Tenant | None = None
     prefix: HexPrefix = ""
@@ -162,6 +162,8 @@ class Pin(Message, frozen=True):
 
 
 class Unpin(Message, frozen=True):
+    """Ends the pin of this name; none of that name is no error."""
+
     name: str
 
 
@@ -199,6 +201,8 @@ class GetTenants(Message, frozen=True):
 
 
 class Attached(Message, frozen=True):
+    """Answers `Attach`: which slab, and its shape in bytes and slots. Its descriptor comes along."""
+
     slab: int
     slab_bytes: int
     slot_bytes: int
@@ -227,10 +231,12 @@ class Matched(Message, frozen=True):
     def at(
         cls, slab: int, slots: Sequence[int], sums: Sequence[bytes], cuts: Sequence[Cuts], coming: int = 0
     ) -> Matched:
+        """From one slot, one run of packed checksums and one shape for each block, in order."""
         return cls(slab, pack_slots(slots), b"".join(sums), stretches_of(sums, cuts), coming)
 
     @property
     def locations(self) -> Locations:
+        """The blocks one by one; views of what came, not copies."""
         return Locations(self.slots, self.sums, self.stretches)
 
 
@@ -302,12 +308,16 @@ class Changes(Message, frozen=True):
 
 
 class TenantUse(msgspec.Struct, frozen=True, array_like=True):
+    """What a tenant's blocks take of the slab; `quota_bytes` None: no quota."""
+
     tenant: str
     used_bytes: int
     quota_bytes: int | None
 
 
 class Tenants(Message, frozen=True):
+    """Answers `GetTenants`."""
+
     tenants: list[TenantUse]
 
 
@@ -318,7 +328,7 @@ class Done(Message, frozen=True):
     missed: Annotated[list[str], msgspec.Meta(max_length=BLOCKS_PER_CALL_MAX)] = msgspec.field(
         default_factory=list
     )
-    """Nodes that did not answer, where the other nodes had to do it, too."""
+    """Nodes that have not done it yet, where all of them had to."""
 
 
 class Stats(Message, frozen=True):

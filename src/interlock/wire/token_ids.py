@@ -15,6 +15,7 @@ _decoder = msgspec.msgpack.Decoder(list[int])
 
 
 def pack_ids(ids: Sequence[int]) -> bytes:
+    """Not looked at here: `unpack_ids` refuses what are no integers. Raises `OverflowError` above 64 bits."""
     return _encoder.encode(ids)
 
 

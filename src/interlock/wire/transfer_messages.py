@@ -26,7 +26,7 @@ Offers = Annotated[tuple[Offer, ...], msgspec.Meta(max_length=LANES_PER_ENDPOINT
 
 
 class Word(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    pass
+    """What two transfer engines say to each other."""
 
 
 class Said(Word, frozen=True):
@@ -50,6 +50,8 @@ class Notify(Word, frozen=True):
 
 
 class Notified(Word, frozen=True):
+    """The notice of this number was taken: it need not be said again."""
+
     number: int
 
 
@@ -60,6 +62,8 @@ class FindSegments(Word, frozen=True):
 
 
 class FoundSegments(Word, frozen=True):
+    """Answers `FindSegments`."""
+
     segments: Annotated[
         list[tuple[int, int, str, bool]], msgspec.Meta(max_length=SEGMENTS_MAX)
     ]  # number, bytes, label, takes writes
@@ -95,6 +99,8 @@ class Ask(Word, frozen=True):
 
 
 class Answer(Word, frozen=True):
+    """Answers `Ask`, in words of the lane that asked."""
+
     payload: Annotated[bytes, msgspec.Meta(max_length=QUESTION_BYTES_MAX)]
 
 
@@ -103,7 +109,7 @@ class AskEcho(Word, frozen=True):
 
 
 class Echo(Word, frozen=True):
-    pass
+    """Answers `AskEcho`."""
 
 
 TransferWord = (
@@ -112,6 +118,7 @@ TransferWord = (
 
 
 def to_wire(message: Message) -> Said:
+    """A message of `core/endpoints` as it travels."""
     match message:
         case Open(_, me, lanes):
             return Said("open", me, lanes=lanes)
