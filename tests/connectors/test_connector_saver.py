@@ -98,6 +98,23 @@ def test_the_hook_returns_when_the_blocks_are_read_and_before_a_slot_is_touched(
     assert get_ident() not in mover.put_by
 
 
+def test_the_other_thread_is_given_its_batches_when_all_are_copied_and_not_beside_a_copy(
+    mover: WatchedMover, savers: list[Saver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    savers.append(saver := Saver(mover))
+    mover.gate.set()
+    submit, copied = saver._worker.submit, list[int]()
+
+    def watched(*job: Any) -> Any:
+        copied.append(len(mover.gathered))
+        return submit(*job)
+
+    monkeypatch.setattr(saver._worker, "submit", watched)
+    told = save(saver, [1, 2, 3, 4, 5])
+    assert told.wait() == ([True] * 5, [[10], [20], [30], [40], [50]])
+    assert copied == [3, 3, 3]
+
+
 def test_without_a_free_staging_the_hook_does_the_work_and_waits_for_nobody(
     mover: WatchedMover, savers: list[Saver]
 ) -> None:

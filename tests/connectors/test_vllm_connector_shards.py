@@ -16,6 +16,8 @@ from interlock.host.sweep import remove_shared_memory, shared_memory_of
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300), pytest.mark.usefixtures("vllm_environment")]
 
 SAVED_BY_STAGES, SAVED_BY_ONE = rig.PROMPTS[4:6]
+TO_SPOIL = 3
+"""Of `rig.PROMPTS`: saved by stages, and then spoilt."""
 
 
 @contextmanager
@@ -41,62 +43,86 @@ def grid(
         remove_shared_memory(made)  # vLLM ends its stages without removing what they talked through
 
 
+def save(
+    engine: rig.Engine, store: rig.Store, index: int, reference: list[Any], cuts: tuple[int, ...]
+) -> None:
+    """A prompt that nobody has saved is computed, and its blocks are published, cut where the engine's stages are."""
+    prompt, loaded = rig.PROMPTS[index], engine.counts["loaded_blocks"]
+    rig.assert_equal([reference[index]], engine.run([prompt]))
+    assert engine.counts["loaded_blocks"] == loaded
+    probe = rig.Probe(store, engine.connector.shape.layout)
+    probe.wait_stored(engine.keys(prompt))
+    assert [location.cuts for location in probe.stored(engine.keys(prompt))] == [cuts] * rig.FULL_BLOCKS
+    probe.close()
+
+
+def assert_loads_both(engine: rig.Engine, reference: list[Any], ranks: int) -> None:
+    """Every block that two stages saved and that one rank saved, on each rank, and none is saved again."""
+    before = engine.counts.copy()
+    rig.assert_equal(reference[4:6], engine.run([SAVED_BY_STAGES, SAVED_BY_ONE]))
+    grown = engine.counts - before
+    assert grown["loaded_blocks"] == 2 * rig.FULL_BLOCKS
+    assert grown["loaded_good_blocks"] == 2 * rig.FULL_BLOCKS * ranks
+    assert grown["saved_blocks"] == 0
+
+
 @pytest.fixture(scope="module")
-def saved(
+def two_stages(
     tiny_model: Path, store: rig.Store, state: Path, reference: list[Any], vllm_environment: None
-) -> None:
-    """One prompt saved by two pipeline stages, another by a single rank."""
-    for pipeline, prompt, expected in ((2, SAVED_BY_STAGES, reference[4]), (1, SAVED_BY_ONE, reference[5])):
-        with grid(tiny_model, store, state, pipeline=pipeline) as engine:
-            rig.assert_equal([expected], engine.run([prompt]))
-            assert engine.counts["loaded_blocks"] == 0
-            probe = rig.Probe(store, engine.connector.shape.layout)
-            probe.wait_stored(engine.keys(prompt))
-            cuts = [location.cuts for location in probe.stored(engine.keys(prompt))]
-            assert cuts == [(2,) if pipeline == 2 else ()] * rig.FULL_BLOCKS
-            probe.close()
+) -> Iterator[rig.Engine]:
+    """Running, after one prompt was saved by a single rank and two by these stages, which cost a quarter of a minute to start."""
+    with grid(tiny_model, store, state) as one:
+        save(one, store, 5, reference, cuts=())
+    with grid(tiny_model, store, state, pipeline=2) as engine:
+        save(engine, store, 4, reference, cuts=(2,))
+        save(engine, store, TO_SPOIL, reference, cuts=(2,))
+        engine.empty_own_cache()
+        yield engine
 
 
-@pytest.mark.parametrize(("pipeline", "tensor"), [(1, 1), (2, 1), (2, 2)])
-def test_any_grid_of_ranks_loads_what_two_stages_and_what_one_rank_saved(
-    tiny_model: Path,
-    store: rig.Store,
-    state: Path,
-    reference: list[Any],
-    saved: None,
-    pipeline: int,
-    tensor: int,
+@pytest.fixture(scope="module")
+def saved(two_stages: rig.Engine) -> None:
+    """The stages have saved and are ended: one process has one worker group. Their tests come first."""
+    two_stages.close()
+
+
+def test_two_stages_load_what_two_stages_and_what_one_rank_saved(
+    two_stages: rig.Engine, reference: list[Any]
 ) -> None:
-    with grid(tiny_model, store, state, pipeline=pipeline, tensor=tensor) as engine:
-        rig.assert_equal(reference[4:6], engine.run([SAVED_BY_STAGES, SAVED_BY_ONE]))
-        assert engine.counts["loaded_blocks"] == 2 * rig.FULL_BLOCKS
-        assert engine.counts["loaded_good_blocks"] == 2 * rig.FULL_BLOCKS * pipeline * tensor
-        assert engine.counts["saved_blocks"] == 0
+    assert_loads_both(two_stages, reference, ranks=2)
 
 
 def test_a_block_that_one_stage_finds_spoilt_is_recomputed_on_all(
+    two_stages: rig.Engine, store: rig.Store, reference: list[Any]
+) -> None:
+    engine, prompt = two_stages, rig.PROMPTS[TO_SPOIL]
+    keys, layout = engine.keys(prompt), engine.connector.shape.layout
+    probe = rig.Probe(store, layout)
+    try:
+        location = probe.stored(keys)[3]
+        slot = probe._slab.offset(location.slot)
+        probe._slab.view[slot + layout.head_bytes - 5] ^= 0x20  # the last layer of head 0: the second stage's
+        before = engine.counts.copy()
+        rig.assert_equal([reference[TO_SPOIL]], engine.run([prompt]))
+        grown = engine.counts - before
+        assert grown["loaded_mismatch_blocks"] == 1, "the first stage found nothing wrong"
+        assert grown["failed_loads"] == 1
+        assert len(probe.stored(keys)) == 3
+    finally:
+        probe.close()
+
+
+def test_four_ranks_load_what_two_stages_and_what_one_rank_saved(
     tiny_model: Path, store: rig.Store, state: Path, reference: list[Any], saved: None
 ) -> None:
-    with grid(tiny_model, store, state, pipeline=2) as engine:
-        keys, layout = engine.keys(SAVED_BY_STAGES), engine.connector.shape.layout
-        probe = rig.Probe(store, layout)
-        try:
-            location = probe.stored(keys)[3]
-            slot = probe._slab.offset(location.slot)
-            probe._slab.view[slot + layout.head_bytes - 5] ^= (
-                0x20  # the last layer of head 0: the second stage's
-            )
-            rig.assert_equal(reference[4:5], engine.run([SAVED_BY_STAGES]))
-            assert engine.counts["loaded_mismatch_blocks"] == 1, "the first stage found nothing wrong"
-            assert engine.counts["failed_loads"] == 1
-            assert len(probe.stored(keys)) == 3
-        finally:
-            probe.close()
+    with grid(tiny_model, store, state, pipeline=2, tensor=2) as engine:
+        assert_loads_both(engine, reference, ranks=4)
 
 
 def test_fp8_blocks_come_back_with_their_scales_and_are_no_ones_else(
-    tiny_model: Path, store: rig.Store, state: Path, reference: list[Any]
+    tiny_model: Path, store: rig.Store, state: Path, reference: list[Any], saved: None
 ) -> None:
+    """The engine that must not find them loads what the others saved, as one rank does."""
     prompt = rig.PROMPTS[7]
     with rig.engine(tiny_model, kv_cache_dtype="fp8") as plain:
         (expected,) = plain.run([prompt])
@@ -119,5 +145,8 @@ def test_fp8_blocks_come_back_with_their_scales_and_are_no_ones_else(
             probe.close()
             quantised = engine.keys(prompt)
     with grid(tiny_model, store, state) as engine:
+        assert_loads_both(engine, reference, ranks=1)
+        loaded = engine.counts["loaded_blocks"]
         assert not set(engine.keys(prompt)) & set(quantised)
         rig.assert_equal([reference[7]], engine.run([prompt]))
+        assert engine.counts["loaded_blocks"] == loaded

@@ -151,11 +151,11 @@ def test_filling_and_evicting_ten_times_over_keeps_every_table_at_its_size(
         store.check_integrity()
     assert len(store) == 16
     assert store.counters["evictions"] == 40 * 4 - 16
-    assert store.sessions_live == store.joins_open == 0
+    assert store.writes.sessions_live == store.writes.joins_open == 0
     assert len(store.shelf._at) == sum(map(len, store.shelf.orders)) == 16
-    assert not store._writing
-    assert not store._by_life
-    assert not store._lives
+    assert not store.writes._writing
+    assert not store.writes._by_life
+    assert not store.writes._lives
     assert all(len(order._holds) <= 16 for order in store.shelf.orders)
 
 

@@ -15,6 +15,7 @@ from interlock.core.errors import ChannelFault
 from interlock.host.real import RealHost
 from interlock.store import blocks as blocks_module
 from interlock.store import changes as changes_module
+from interlock.store import quarantine as quarantine_module
 from interlock.store.api import Store
 from interlock.store.control import AsyncStoreClient
 from interlock.store.mirror import IndexMirror
@@ -231,7 +232,7 @@ def test_changes_hold_no_more_than_their_ring() -> None:
 def test_a_frozen_writer_above_the_share_is_ended_where_that_is_allowed_and_its_slots_return(
     rig: Any, tools: Any, monkeypatch: pytest.MonkeyPatch, ends: bool
 ) -> None:
-    monkeypatch.setattr(blocks_module, "FROZEN_WRITER_SECONDS", 0.2)
+    monkeypatch.setattr(quarantine_module, "FROZEN_WRITER_SECONDS", 0.2)
     node = rig.node(join_s=0.3)
     node.look(lambda n: setattr(n._witness, "_end_frozen_writers", ends))
     keys, parents = tools.make_keys(40)
@@ -253,7 +254,7 @@ def test_a_frozen_writer_above_the_share_is_ended_where_that_is_allowed_and_its_
 def test_a_slow_writer_below_the_share_is_left_alone(
     rig: Any, tools: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blocks_module, "FROZEN_WRITER_SECONDS", 0.0)
+    monkeypatch.setattr(quarantine_module, "FROZEN_WRITER_SECONDS", 0.0)
     node = rig.node(join_s=0.1)
     node.look(lambda n: setattr(n._witness, "_end_frozen_writers", True))
     keys, parents = tools.make_keys(10)
@@ -276,7 +277,7 @@ def test_an_engine_that_died_whole_leaves_neither_slot_nor_session_nor_key(rig: 
     for process in (scheduler, *ranks):
         process.signal(signal.SIGKILL)
     tools.eventually(lambda: node.slots()["writing"] == node.slots()["quarantined"] == 0, "all exits seen")
-    assert node.look(lambda n: (n.store.sessions_live, n.store.count_under_way(keys))) == (0, 0)
+    assert node.look(lambda n: (n.store.writes.sessions_live, n.store.count_under_way(keys))) == (0, 0)
     other = rig.rank(engine="other")
     tools.save(rig.scheduler(engine="other"), [other], "s", keys, parents)
     assert node.slots()["published"] == 6

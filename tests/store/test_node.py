@@ -345,7 +345,7 @@ def test_a_broken_connection_is_no_exit(rig: Any, tools: Any) -> None:
 def test_books_that_do_not_balance_are_a_metric(
     rig: Any, tools: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("interlock.store.node.IDLE_SECONDS", 0.05)
+    monkeypatch.setattr("interlock.store.housekeeping.IDLE_SECONDS", 0.05)
     node = rig.node()
     scheduler = rig.scheduler()
     rig.rank()

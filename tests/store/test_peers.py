@@ -16,7 +16,7 @@ from interlock.core.layouts import KVLayout
 from interlock.core.prefixes import KeySalt, chain_keys
 from interlock.host.real import RealHost
 from interlock.membership.directory import StaticDirectory
-from interlock.store import peers
+from interlock.store import filling, peers
 from interlock.store.checksums import Binding, block_checksums, verify_block
 from interlock.store.main import slab_number
 from interlock.store.node import Node
@@ -277,24 +277,22 @@ async def test_a_block_that_is_coming_while_its_tenant_is_removed_does_not_arriv
     one.save(ann, 1, "ann")
     await known(other, ann)
     begun, go_on = threading.Event(), threading.Event()
-    rebind_all = peers._rebind_all
+    rebind_all = filling._rebind_all
 
     def slowly(*args: Any) -> Any:
         begun.set()
         assert go_on.wait(10)
         return rebind_all(*args)
 
-    monkeypatch.setattr(peers, "_rebind_all", slowly)
+    monkeypatch.setattr(filling, "_rebind_all", slowly)
     assert (await other.match(ann)).coming == 4
     assert await asyncio.to_thread(begun.wait, 10)
     removing = asyncio.create_task(remove(other, tenant="ann"))
     async with asyncio.timeout(10):
         while len(one.node.store):
             await asyncio.sleep(0.005)
-    done, _ = await asyncio.wait({removing}, timeout=0.2)
-    assert not done, "it is not over while a block of the tenant may still arrive"
-    go_on.set()
     assert (await removing).missed == []
+    go_on.set()
     async with asyncio.timeout(10):
         while other.node.peers._coming:
             await asyncio.sleep(0.005)
@@ -302,28 +300,72 @@ async def test_a_block_that_is_coming_while_its_tenant_is_removed_does_not_arriv
     assert len(other.node.store) == 0
 
 
-async def test_a_peer_that_does_not_answer_a_removal_is_named_and_nothing_is_taken_up_from_it(
+async def test_a_peer_that_was_away_while_a_tenant_was_deleted_never_gives_his_blocks_to_anybody(
     two: tuple[Host, Host], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    one, other = two
+    ann, bob = keys_of(0, 4), keys_of(1000, 2)
+    one.save(ann, 1, "ann")
+    one.save(bob, 2, "bob")
+    await known(other, [*ann, *bob])
+
+    back = asyncio.Event()
+
+    async def deaf(_: Any) -> None:
+        await back.wait()
+        raise OSError("it was away")
+
+    with monkeypatch.context() as away:
+        away.setattr(one.node.removals, "_learn", deaf)
+        away.setattr(limits, "PEER_REMOVE_SECONDS_MAX", 0.3)
+        assert (await remove(other, tenant="ann")).missed == ["one"]
+        assert len(one.node.store) == 6, "it has heard nothing"
+        assert not await other.match_all(ann)
+        async with asyncio.timeout(10):
+            while other.node.peers._coming:
+                await asyncio.sleep(0.005)
+        assert not await other.match_all(ann), "however often it is asked for"
+        await known(other, bob)
+        assert len(await other.match_all(bob)) == 2, "another's blocks come up"
+        back.set()
+    async with asyncio.timeout(20):
+        while len(one.node.store) > 2:
+            await asyncio.sleep(0.02)
+    assert not await one.match_all(ann), "they met again, and it has carried it out"
+    one.save(ann, 5, "ann")
+    await known(other, ann)
+    assert len(await other.match_all(ann)) == 4, (
+        "what was stored after the removal is served like anything else"
+    )
+
+
+async def test_a_block_that_a_peer_named_before_the_removal_is_not_published_after_it(
+    two: tuple[Host, Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow read outlasts any hold with a deadline: it is the epoch that keeps it out."""
     one, other = two
     ann = keys_of(0, 4)
     one.save(ann, 1, "ann")
     await known(other, ann)
+    begun, go_on = threading.Event(), threading.Event()
+    verify = peers._verify
 
-    async def deaf(*_: Any) -> Any:
-        await asyncio.sleep(3600)
+    def slowly(*args: Any) -> Any:
+        good = verify(*args)
+        begun.set()
+        assert go_on.wait(10)
+        return good
 
-    monkeypatch.setattr(one.node.peers.removal, "heard", deaf)
-    monkeypatch.setattr(limits, "PEER_REMOVE_SECONDS_MAX", 0.3)
-    done = await remove(other, tenant="ann")
-    assert done.missed == ["one"]
-    monkeypatch.setattr(limits, "PEER_REMOVE_SECONDS_MAX", 50.0)
-    await known(other, ann)
-    assert not other.node.store.under_way(ann[0])
-    for key in ann:
-        assert other.node.peers.removal.holds(key, "ann")
-        assert not other.node.peers.removal.holds(key, "bob")
-    assert len(one.node.store) == 4
+    monkeypatch.setattr(peers, "_verify", slowly)
+    assert (await other.match(ann)).coming == 4
+    assert await asyncio.to_thread(begun.wait, 10)
+    assert (await remove(one, tenant="ann")).missed == []
+    assert not other.node.removals.book.pending()
+    go_on.set()
+    async with asyncio.timeout(10):
+        while other.node.peers._coming:
+            await asyncio.sleep(0.005)
+    assert len(other.node.store) == 0
 
 
 async def test_a_removal_by_the_first_digits_of_keys_reaches_peers_and_one_of_single_keys_does_not(

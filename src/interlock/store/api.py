@@ -294,15 +294,16 @@ class Store:
     ) -> int:
         """Forgets these blocks, or all of a tenant, or all whose key begins with these hex digits; how many there were.
 
-        All but single keys leave the node's peers, too. Raises `StoreAway` naming those that did not answer: call again.
+        All but single keys leave the node's peers, too, and do not come back from one that is away. Raises `StoreAway` naming
+        the nodes that have not carried it out yet; they will, by themselves.
         """
         _check_keys(keys)
         done = self._node.say(Remove(tenant, prefix, list(keys)), Done, timeout_s)
         if done.missed:
             raise StoreAway(
-                f"removed here and at the other peers, but not at {', '.join(done.missed)}, which did not answer",
+                f"removed, but not yet at {', '.join(done.missed)}: away, or their disks did not let it through",
                 retryable=True,
-                hint="say it again when they are back: what they have could return",
+                hint="nothing of it is served or comes back; they carry it out when they can, and a second call tells whether they did",
             )
         return done.count
 

@@ -49,6 +49,7 @@ class Asker:
         self.keeper = Keeper(address, me, attach, token, self.count)
 
     def counts(self) -> dict[str, int]:
+        """How often what happened, by word, since the start."""
         with self._lock:
             return dict(self._counts)
 

@@ -47,34 +47,43 @@ class AsyncStore:
         await self.close()
 
     async def close(self) -> None:
+        """As `Store.close`."""
         await self._host.in_thread(self._store.close)
         if self._close_host is not None:
             self._close_host()
 
     async def put(self, keys: Sequence[bytes], arrays: Array | Sequence[Array], **options: Any) -> PutResult:
+        """As `Store.put`."""
         return await self._run(self._store.put, keys, arrays, **options)
 
     async def get(
         self, keys: Sequence[bytes], out: Array | Sequence[Array] | None = None, **options: Any
     ) -> Bytes:
+        """As `Store.get`."""
         return await self._run(self._store.get, keys, out, **options)
 
     async def match(self, keys: Sequence[bytes], **options: Any) -> int:
+        """As `Store.match`."""
         return await self._run(self._store.match, keys, **options)
 
     async def pin(self, keys: Sequence[bytes], seconds: float, **options: Any) -> Pinned:
+        """As `Store.pin`."""
         return await self._run(self._store.pin, keys, seconds, **options)
 
     async def unpin(self, pin: Pinned, **options: Any) -> int:
+        """As `Store.unpin`."""
         return await self._run(self._store.unpin, pin, **options)
 
     async def remove(self, keys: Sequence[bytes] = (), **options: Any) -> int:
+        """As `Store.remove`."""
         return await self._run(self._store.remove, keys, **options)
 
     async def clear(self, **options: Any) -> int:
+        """As `Store.clear`."""
         return await self._run(self._store.clear, **options)
 
     async def stats(self, **options: Any) -> dict[str, float]:
+        """As `Store.stats`."""
         return await self._run(self._store.stats, **options)
 
     async def _run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

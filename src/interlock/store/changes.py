@@ -16,10 +16,14 @@ from interlock.core.limits import CHANGES_KEPT_MAX
 
 Medium = str
 RAM: Medium = "CPU"
-"""vLLM's word for memory that is no GPU's (its KV events); a disk is "STORAGE"."""
+"""vLLM's word, in its KV events, for memory that is no GPU's."""
+DISK: Medium = "STORAGE"
+"""Its word for a disk."""
 
 
 class ChangeKind(StrEnum):
+    """What became of a block."""
+
     STORED = "stored"
     REMOVED = "removed"
 
@@ -44,16 +48,27 @@ class ChangeLog:
         """The number of the newest change; 0 before the first."""
         self.listeners: list[Callable[[], None]] = []
         """Called after changes, at once and briefly."""
+        self._cut = 0
 
     @property
     def oldest(self) -> int:
         """The number of the oldest change that is still kept."""
-        return max(1, self.last - len(self._ring) + 1)
+        return max(self._cut + 1, self.last - len(self._ring) + 1)
+
+    def cut(self) -> None:
+        """More changed than is told one by one: whoever follows has a gap."""
+        self.last += 1
+        self._cut = self.last
+        self._ring = [None] * len(self._ring)
+        for listener in self.listeners:
+            listener()
 
     def append(self, change: Change) -> None:
+        """One change, which gets the next number."""
         self.extend([change])
 
     def extend(self, changes: Sequence[Change]) -> None:
+        """Changes that happened together; listeners hear of them once."""
         for change in changes:
             self.last += 1
             self._ring[self.last % len(self._ring)] = change

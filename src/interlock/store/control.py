@@ -76,7 +76,7 @@ class AsyncStoreClient:
     async def remove(self, keys: Sequence[bytes] = (), *, tenant: str | None = None, prefix: str = "") -> int:
         """Forgets these blocks, or all of a tenant, or all whose key begins with these hex digits; how many there were.
 
-        `last_missed` names the node's peers that did not answer; what they have could return.
+        `last_missed` names the nodes that have not carried it out yet; nothing of it comes back from them, and they will.
         """
         done = await self._ask(Remove(tenant, prefix, list(keys)), Done, SWEEP_SECONDS_MAX)
         self.last_missed = done.missed
@@ -120,6 +120,7 @@ class AsyncStoreClient:
         return (await self._ask(Match(list(keys[:BLOCKS_PER_CALL_MAX])), Matched)).locations
 
     async def close(self) -> None:
+        """Ends the connection. Idempotent."""
         if self._channel is not None:
             await self._channel.close()
             self._channel = None

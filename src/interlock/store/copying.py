@@ -64,6 +64,7 @@ class SlotCopier:
 
 
 def usable_cores() -> int:
+    """Cores that this process may run on."""
     return len(os.sched_getaffinity(0))
 
 

@@ -6,10 +6,12 @@ is done in slices between which others are answered: a look-up has milliseconds,
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 from interlock.core.limits import BLOCKS_LISTED_MAX
 from interlock.core.prefixes import Block
+from interlock.core.removals import What
 from interlock.host.base import Host
 from interlock.store.blocks import BlockStore
 from interlock.store.checksums import Binding, verify_block
@@ -53,18 +55,18 @@ class Desk:
         self.disk: DiskTier | None = None
         """The tier below, which forgets what is forgotten here."""
         self.tokens: TokenBook | None = None
-        self.everywhere: Callable[[Remove], Awaitable[Done]] | None = None
-        """Removes here and at the peers, where there are any."""
+        self.everywhere: Callable[[Remove], Awaitable[Done]]
+        """Removes here and at the peers (store/removals)."""
 
     async def answer(self, body: Question, member: Member | None) -> NodeMessage:
         """Raises `Refusal`."""
         match body:
             case Clear():
                 gone = await self._sweep(lambda _: True)
-                if self.disk is not None:
-                    await self.disk.clear()
                 if self.tokens is not None:
                     self.tokens.forget(lambda *_: True)
+                if self.disk is not None and not await self.disk.clear():
+                    raise self._left_on_disk()
                 return Done(gone)
             case Remove():
                 if not (body.keys or body.prefix or body.tenant is not None):
@@ -72,9 +74,9 @@ class Desk:
                         "bad_remove",
                         "name keys, a tenant, or the first digits of a key; Clear forgets everything",
                     )
-                if self.everywhere is not None and not body.keys:
-                    return await self.everywhere(body)
-                return Done(await self.remove(body))
+                if body.keys:
+                    return Done(await self._remove_keys(body.keys))
+                return await self.everywhere(body)
             case Pin():
                 now_s = self._host.clock.monotonic_s()
                 return Done(self._store.pin(_owner(member), body.name, body.keys, now_s, body.seconds))
@@ -112,31 +114,42 @@ class Desk:
             cursor = following
             await self._host.clock.sleep_s(0)
 
-    async def remove(self, body: Remove) -> int:
-        """Here: in RAM, on the disk, and what is on its way from or to there; how many blocks there were."""
-        if body.keys:
-            blocks = [block for key in body.keys if (block := self._store.shelf.get(key)) is not None]
-            gone = sum(self._store.shelf.withdraw(block.key, block.slot) for block in blocks)
-            if self.disk is not None:
-                await self.disk.remove(body.keys)
-            return gone
-        if body.tenant is not None and not body.prefix:
-            self._store.end_writes_of(body.tenant)
-        wanted = _filter(body.tenant, body.prefix)
-        gone = await self._sweep(wanted)
+    async def remove(self, what: What) -> tuple[int, bool]:
+        """Here: in RAM, on the disk, and what is on its way from or to there; how many blocks there were, and whether none is left."""
+        wanted = _filter(what)
+        self._store.writes.end_concerned(what.concerns)
+        gone, whole = await self._sweep(wanted), True
         if self.disk is not None:
-            gone += await self.disk.sweep(wanted)
-            gone += await self._sweep(wanted)  # what was on its way up meanwhile
+            from_disk, whole = await self.disk.sweep(wanted)
+            gone += from_disk + await self._sweep(wanted)  # what was on its way up meanwhile
         if self.tokens is not None:
-            self.tokens.forget(lambda key, tenant: concerns(body.tenant, body.prefix, key, tenant))
+            self.tokens.forget(what.concerns)
+        return gone, whole
+
+    async def _remove_keys(self, keys: Sequence[bytes]) -> int:
+        blocks = [block for key in keys if (block := self._store.shelf.get(key)) is not None]
+        gone = sum(self._store.shelf.withdraw(block.key, block.slot) for block in blocks)
+        if self.disk is not None:
+            _, whole = await self.disk.remove(keys)
+            if not whole:
+                raise self._left_on_disk()
         return gone
+
+    def _left_on_disk(self) -> Refusal:
+        why = self.disk.error if self.disk is not None else ""
+        return Refusal(
+            "disk_away",
+            f"gone from RAM, but the disk keeps some of it for now{f' ({why})' if why else ''}; it could come back",
+            retryable=True,
+            hint="say it again when the disk works",
+        )
 
     # --- looking -------------------------------------------------------------------------------------------------
 
     def _list(self, body: ListBlocks) -> BlockPage:
         shelf = self._store.shelf
         blocks, following = shelf.page(body.cursor, min(body.limit, BLOCKS_LISTED_MAX))
-        wanted = _filter(body.tenant, body.prefix)
+        wanted = _filter(What(body.tenant, body.prefix))
         return BlockPage(
             self._store.slab.slab,
             shelf.changes.last,
@@ -189,15 +202,11 @@ class Desk:
         return Changes(slab, body.after + len(found), False, told)
 
 
-def concerns(tenant: str | None, prefix: str, key: bytes, whose: str) -> bool:
-    """Whether a removal of `tenant`'s blocks, or of all whose key begins so, is one of this block."""
-    return (tenant is None or whose == tenant) and (not prefix or key.hex().startswith(prefix))
-
-
-def _filter(tenant: str | None, prefix: str) -> Callable[[Block], bool]:
-    if prefix:
-        return lambda block: concerns(tenant, prefix, block.key, block.tenant)
-    return lambda block: tenant is None or block.tenant == tenant
+def _filter(what: What) -> Callable[[Any], bool]:
+    """Of blocks, in RAM or on the disk."""
+    if what.prefix:
+        return lambda block: what.concerns(block.key, block.tenant)
+    return lambda block: what.tenant is None or block.tenant == what.tenant
 
 
 def _owner(member: Member | None) -> Member:

@@ -57,6 +57,7 @@ class Link(msgspec.Struct, frozen=True, eq=False):
         return self.mapped
 
     def close(self) -> None:
+        """Ends both connections; the mapping goes with its last user."""
         self.lookups.close()
         self.deliveries.close()
 
@@ -105,6 +106,7 @@ class Keeper:
 
     @property
     def link(self) -> Link | None:
+        """The link there is now, or None."""
         return self._link
 
     @property
@@ -113,6 +115,7 @@ class Keeper:
         return self._last_slab
 
     def start(self) -> None:
+        """Starts the thread, once. Returns at once."""
         if self._thread is not None:
             return
         with self._changed:
@@ -120,6 +123,7 @@ class Keeper:
                 self._thread = start_thread(f"interlock-store-{self._me.name}", self._run)
 
     def wait_ready(self, timeout_s: float) -> bool:
+        """Whether we were attached within `timeout_s`."""
         self.start()
         with self._changed:
             return self._changed.wait_for(lambda: self._link is not None or self._closing, timeout_s) and (
@@ -158,6 +162,7 @@ class Keeper:
         link.close()
 
     def close(self) -> None:
+        """Ends the thread, after a last try to deliver what is promised."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()

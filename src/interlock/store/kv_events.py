@@ -13,7 +13,8 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Protocol
 
 import msgspec
 
@@ -25,7 +26,7 @@ from interlock.core.limits import (
 )
 from interlock.host.base import Host
 from interlock.host.publisher import Publisher
-from interlock.store.changes import RAM, Change, ChangeKind
+from interlock.store.changes import RAM, Change, ChangeKind, ChangeLog
 from interlock.store.notice import Notice
 from interlock.store.shelf import Shelf
 from interlock.store.told_tokens import TokenBook, unpack_tokens
@@ -40,6 +41,8 @@ class KVCacheEvent(msgspec.Struct, omit_defaults=True, tag=True, frozen=True):
 
 
 class BlockStored(KVCacheEvent, frozen=True):
+    """A chain of blocks came to `medium`; its first one hangs on `parent_block_hash`."""
+
     block_hashes: list[bytes]
     parent_block_hash: bytes | None
     token_ids: list[int]
@@ -50,15 +53,19 @@ class BlockStored(KVCacheEvent, frozen=True):
 
 
 class BlockRemoved(KVCacheEvent, frozen=True):
+    """These blocks left `medium`."""
+
     block_hashes: list[bytes]
     medium: str | None
 
 
 class AllBlocksCleared(KVCacheEvent, frozen=True):
-    pass
+    """Nothing is anywhere; what there is follows."""
 
 
 class EventBatch(msgspec.Struct, array_like=True, omit_defaults=True, frozen=True):
+    """One message: when it was made (seconds since 1970), and what happened."""
+
     ts: float
     events: list[BlockStored | BlockRemoved | AllBlocksCleared]
     data_parallel_rank: int | None = None
@@ -92,8 +99,21 @@ def _go_together(one: Change, two: Change) -> bool:
     return one.kind is ChangeKind.REMOVED or two.parent == one.key
 
 
+class Lower(Protocol):
+    """As much of the disk tier as its events ask for."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether its blocks can be listed."""
+        ...
+
+    def listing(self) -> AsyncIterator[list[Change]]:
+        """All blocks that are there."""
+        ...
+
+
 class KVEvents:
-    """Publishes one shelf's changes. `run` and `serve_replays` are tasks of the node."""
+    """Publishes the changes of a shelf and of the disk below it. `run` and `serve_replays` are tasks of the node."""
 
     def __init__(
         self,
@@ -103,29 +123,42 @@ class KVEvents:
         *,
         topic: str = "",
         tokens: TokenBook | None = None,
+        disk: tuple[Lower, ChangeLog] | None = None,
     ) -> None:
         self._host, self._shelf, self._publisher, self._tokens = host, shelf, publisher, tokens
+        self._disk: Lower | None = None if disk is None else disk[0]
         self._topic = topic.encode()
         self._batches: deque[tuple[bytes, bytes]] = deque()
         self._bytes = 0
         self._number = 0
         self._changed = Notice()
         self._encode = msgspec.msgpack.Encoder().encode
-        shelf.changes.listeners.append(self._changed.ring)
+        self._logs = (shelf.changes, ChangeLog(kept_max=1) if disk is None else disk[1])
+        self._known = [0, 0]
+        """Of each log, the last change that followers know."""
+        self._disk_told = False
+        for log in self._logs:
+            log.listeners.append(self._changed.ring)
 
     async def run(self) -> None:
         """Until cancelled."""
-        known = await self._begin_anew()
+        await self._begin_anew()
         while True:
-            if known == self._shelf.changes.last:
+            if not self._disk_told and self._disk is not None and self._disk.is_open:
+                await self._tell_disk()
+            if self._known == [log.last for log in self._logs]:
                 await self._changed.wait(WAIT_SECONDS)
-            changes = self._shelf.changes.since(known, CHANGES_PER_CALL_MAX)
-            if changes is None:
-                _log.warning("KV events fell behind after change %d: the whole index is told again", known)
-                known = await self._begin_anew()
-            elif changes:
-                known += len(changes)
-                await self._publish(list(events_of(changes, self._tokens)))
+            for number, log in enumerate(self._logs):
+                await self._follow(number, log)
+
+    async def _follow(self, number: int, log: ChangeLog) -> None:
+        changes = log.since(self._known[number], CHANGES_PER_CALL_MAX)
+        if changes is None:
+            _log.warning("KV events fell behind after change %d: all is told again", self._known[number])
+            await self._begin_anew()
+        elif changes:
+            self._known[number] += len(changes)
+            await self._publish(list(events_of(changes, self._tokens)))
 
     async def serve_replays(self) -> None:
         """Answers who missed batches. Until cancelled."""
@@ -139,28 +172,33 @@ class KVEvents:
                     await self._publisher.answer((who, b"", self._topic, number, payload))
             await self._publisher.answer((who, b"", b"", END, b""))
 
-    async def _begin_anew(self) -> int:
-        """Says that all is cleared, then all there is; the number of the last change that followers know then."""
-        known = self._shelf.changes.last
+    async def _begin_anew(self) -> None:
+        """Says that all is cleared, then all there is. What changes meanwhile is told afterwards, also what was told already."""
+        self._known = [log.last for log in self._logs]
+        self._disk_told = False
         await self._publish([AllBlocksCleared()])
         cursor: int | None = 0
         while cursor is not None:
             blocks, cursor = self._shelf.page(cursor, BLOCKS_LISTED_MAX)
-            stored = [
-                Change(
-                    ChangeKind.STORED,
-                    b.key,
-                    b.parent,
-                    self._shelf.layout_of(b.layout).block_tokens,
-                    b.tenant,
-                    RAM,
-                )
-                for b in blocks
-            ]
-            if stored:
-                await self._publish(list(events_of(stored, self._tokens)))
-            await self._host.clock.sleep_s(0)
-        return known
+            tokens = [self._shelf.layout_of(block.layout).block_tokens for block in blocks]
+            await self._list(
+                [
+                    Change(ChangeKind.STORED, block.key, block.parent, count, block.tenant, RAM)
+                    for block, count in zip(blocks, tokens, strict=True)
+                ]
+            )
+
+    async def _tell_disk(self) -> None:
+        """All that is on the disk, which is open now. A gap meanwhile is seen by the number that stood here before."""
+        assert self._disk is not None
+        self._disk_told = True
+        async for stored in self._disk.listing():
+            await self._list(stored)
+
+    async def _list(self, stored: list[Change]) -> None:
+        if stored:
+            await self._publish(list(events_of(stored, self._tokens)))
+        await self._host.clock.sleep_s(0)
 
     async def _publish(self, events: list[BlockStored | BlockRemoved | AllBlocksCleared]) -> None:
         payload = self._encode(EventBatch(self._host.clock.wall_ns() / 1e9, events, 0))

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import hashlib
 import logging
-import signal
-from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
-from interlock.core.limits import DISK_BYTES_MIN, SLAB_BYTES_MAX, SLOT_GRAIN_BYTES
+from interlock.core.limits import DISK_BYTES_MIN, REMOVALS_FILE_BYTES_MAX, SLAB_BYTES_MAX, SLOT_GRAIN_BYTES
 from interlock.host.base import Host
+from interlock.host.leaving import first_of, signalled
 from interlock.host.processes import parent_gone
 from interlock.host.publisher import Publisher
+from interlock.host.state_file import StateFile
 from interlock.store.node import DiskConfig, Node
 from interlock.store.peer_links import PeersConfig, peer_links
+from interlock.store.removals import FILE, KIND
 from interlock.telemetry.events import EventLog
 from interlock.wire.identity import load_identity
 
@@ -107,33 +106,16 @@ async def run_node(host: Host, config: StoreConfig) -> None:
             publisher=publisher,
             publish_tokens=config.kv_events_tokens,
             peers=peers,
+            removals=StateFile(host.files, config.state_dir / FILE, KIND, REMOVALS_FILE_BYTES_MAX),
         )
         await _serve(node, config)
 
 
 async def _serve(node: Node, config: StoreConfig) -> None:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
     try:
-        await node.start(config.address)
-        log.info("store %s holds %.2f GiB at %s", config.name, config.slab_bytes / 2**30, config.address)
-        await _first(stop.wait(), parent_gone())
+        with signalled() as stop:
+            await node.start(config.address)
+            log.info("store %s holds %.2f GiB at %s", config.name, config.slab_bytes / 2**30, config.address)
+            await first_of(stop.wait(), parent_gone())
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
         await node.close()
-
-
-async def _first(*waits: Coroutine[Any, Any, object]) -> None:
-    """Until one of them is over; raises what it raised."""
-    tasks = [asyncio.create_task(wait) for wait in waits]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

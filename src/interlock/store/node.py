@@ -10,8 +10,6 @@ On what evidence a process counts as gone is `store/witness`'s.
 from __future__ import annotations
 
 import asyncio
-import gc
-import logging
 import os
 from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
@@ -26,14 +24,18 @@ from interlock.core.packed_sums import SUM_BYTES
 from interlock.core.sessions import SlabName
 from interlock.host.base import Host, Listener, SharedMemory
 from interlock.host.publisher import Publisher
+from interlock.host.state_file import StateFile
 from interlock.store.blocks import BlockStore
+from interlock.store.changes import ChangeLog
 from interlock.store.desk import Desk, Question
+from interlock.store.housekeeping import TICK_SECONDS, Housekeeping
 from interlock.store.kv_events import KVEvents
 from interlock.store.metrics import store_stats
 from interlock.store.packs.state import Emit
 from interlock.store.packs.tier import DiskTier
 from interlock.store.peers import PeerTier
 from interlock.store.refusal import Refusal
+from interlock.store.removals import Removals
 from interlock.store.roster import EngineLife, LifeName, Member, Roster
 from interlock.store.told_tokens import WORD_BYTES, TokenBook
 from interlock.store.witness import Witness
@@ -56,13 +58,6 @@ from interlock.wire.store_messages import (
     Withdraw,
     WriteStarted,
 )
-
-TICK_SECONDS = 0.5
-IDLE_SECONDS = 5.0
-FROZEN_BLOCKS_MIN = 16384
-CHECKED_SLOTS_MAX = 16384
-"""Looking at more than that takes tens of milliseconds, in which no look-up is answered."""
-_log = logging.getLogger(__name__)
 
 
 class DiskConfig(msgspec.Struct, frozen=True):
@@ -104,15 +99,15 @@ class Node:
         peers: tuple[TransferEngine, Sequence[str]] | None = None,
         publisher: Publisher | None = None,
         publish_tokens: bool = False,
+        removals: StateFile | None = None,
     ) -> None:
         """`publish_tokens`: engines are asked for the tokens of what they save, and `publisher` tells them to everybody.
 
-        `peers`: a started engine of the same identity as `me`, and the names of other nodes, whose blocks come up from there."""
+        `removals`: where it is kept what was removed; None: for this life alone. `peers`: a started engine of the same identity as `me`, and the names of other nodes, whose blocks come up from there."""
         self._host = host
         self._me = me
         self._memory = memory
         self._token = token
-        self._tick_s = tick_s
         self._slab = slab
         self._incarnation = me.incarnation
         self.store = BlockStore(
@@ -120,6 +115,7 @@ class Node:
         )
         self._desk = Desk(host, self.store, memory.view)
         self.disk: DiskTier | None = None
+        self._disk_changes = ChangeLog() if disk is not None and publisher is not None else None
         if disk is not None:
             self.disk = self._desk.disk = DiskTier(
                 host,
@@ -130,23 +126,27 @@ class Node:
                 owner=f"store node {me.name}@{me.incarnation}",
                 emit=emit,
                 records_min=disk.index_records_min,
+                changes=self._disk_changes,
             )
+        self.removals = Removals(host, me, slab, removals, self._desk.remove)
+        self._desk.everywhere = self.removals.everywhere
+        self.store.promotions.holds = lambda key, tenant: self.removals.book.holds(key, tenant)
+        if self.disk is not None:
+            self.disk.on_open = lambda identity, empty: self.removals.disk_opened(identity, empty=empty)
         self.peers: PeerTier | None = None
         if peers is not None:
-            self.peers = PeerTier(host, *peers, self.store, self._desk, memory)
+            self.peers = PeerTier(host, *peers, self.store, self._desk, memory, self.removals)
         self._publisher = publisher
         self._tokens = self._desk.tokens = TokenBook() if publisher is not None and publish_tokens else None
         self._roster = Roster()
         self._witness = Witness(self.store, self._roster, self._spawn, end_frozen_writers=end_frozen_writers)
-        self._frozen_blocks = 0
-        """Blocks there were when the garbage collector was last told to leave them alone."""
+        self._housekeeping = Housekeeping(host.clock, self.store, self._witness, self.check_integrity, tick_s)
         self._tasks: set[asyncio.Task[None]] = set()
         self._listener: Listener | None = None
-        self._heard_s: float | None = None
-        """When a message came, or None: the books were checked since then."""
 
     async def start(self, address: str) -> None:
         """Raises `OSError` when the address cannot be listened on, `DirectoryBusy` when another node has the disk's directory."""
+        await self.removals.open()
         if self.disk is not None:
             await self.disk.start()
         if self.peers is not None:
@@ -154,14 +154,19 @@ class Node:
         self._listener = await serve_channels(
             self._host, address, me=self._me, accept=ClientMessage, on_channel=self._serve, token=self._token
         )
-        self._spawn(self._tick(), "store tick")
+        self._spawn(self._housekeeping.run(), "store housekeeping")
+        self._spawn(self.removals.run(), "removals")
         if self._publisher is not None:
-            events = KVEvents(self._host, self.store.shelf, self._publisher, tokens=self._tokens)
+            below = (
+                None if self.disk is None or self._disk_changes is None else (self.disk, self._disk_changes)
+            )
+            events = KVEvents(self._host, self.store.shelf, self._publisher, tokens=self._tokens, disk=below)
             self._spawn(events.run(), "kv events")
             if self._publisher.replay is not None:
                 self._spawn(events.serve_replays(), "kv event replays")
 
     async def close(self) -> None:
+        """Ends connections and tasks, writes what waits for the disk, and unmaps the slab. Idempotent."""
         if self._listener is not None:
             await self._listener.close()
             self._listener = None
@@ -199,9 +204,10 @@ class Node:
                 member.connections -= 1
 
     async def _answer(self, channel: Channel, received: Received, members: list[Member]) -> None:
-        # Who scrapes often must not keep the books from being checked.
-        if not isinstance(received.body, GetStats):
-            self._heard_s = self._host.clock.monotonic_s()
+        if not isinstance(
+            received.body, GetStats
+        ):  # who scrapes often must not keep the books from being checked
+            self._housekeeping.heard()
         for fd in received.fds:  # nobody has to send us any
             os.close(fd)
         try:
@@ -252,6 +258,7 @@ class Node:
             case GetStats():
                 below = self.disk.stats() if self.disk is not None else {}
                 below |= self.peers.stats() if self.peers is not None else {}
+                below |= self.removals.stats()
                 return Stats(store_stats(self.store) | below)
             case _:
                 raise Refusal("unknown_message", f"a {type(body).__name__} is nothing that a store answers")
@@ -340,44 +347,6 @@ class Node:
         if member.rank is None:
             raise Refusal("not_rank", "only ranks report; this connection is a scheduler's")
         return member
-
-    # --- time ----------------------------------------------------------------------------------------------------
-
-    def _spare_the_collector(self) -> None:
-        """Takes the index out of the garbage collector's sight each time it has doubled.
-
-        A full collection walks it, 24 ms for a million blocks, in which no look-up is answered; and finds nothing there.
-        """
-        if len(self.store) > 2 * self._frozen_blocks + FROZEN_BLOCKS_MIN:
-            self._frozen_blocks = len(self.store)
-            gc.collect()
-            gc.freeze()
-
-    async def _tick(self) -> None:
-        while True:
-            await self._host.clock.sleep_s(self._tick_s)
-            try:
-                now_s = self._host.clock.monotonic_s()
-                self.store.tick(now_s)
-                self._spare_the_collector()
-                self._witness.end_frozen(now_s)
-                self._check_when_idle(now_s)
-            except Exception:  # a defect of ours: without ticks no deadline would ever pass again
-                self.store.counters["internal_errors"] += 1
-                _log.exception("a tick of the store failed")
-
-    def _check_when_idle(self, now_s: float) -> None:
-        """Once after each burst of messages: do the books balance? A metric says when they did not."""
-        if self._heard_s is None or now_s - self._heard_s < IDLE_SECONDS:
-            return
-        self._heard_s = None
-        if sum(self.store.slots.count.values()) > CHECKED_SLOTS_MAX:
-            return
-        try:
-            self.check_integrity()
-        except AssertionError:
-            self.store.counters["integrity_failures"] += 1
-            _log.exception("the store's books do not balance")
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
         task = asyncio.create_task(coroutine, name=name)

@@ -12,13 +12,16 @@ from collections.abc import Iterator, Mapping
 import msgspec
 
 from interlock.core.eviction import LeafARC, UseClock
-from interlock.core.limits import TENANTS_WITH_QUOTA_MAX
+from interlock.core.limits import TENANT_CHARS_MAX, TENANTS_WITH_QUOTA_MAX
+from interlock.store.refusal import Refusal
 
 ANY_TENANT = "*"
 """The quota of every named tenant that has none of its own."""
 
 
 class Victim(msgspec.Struct, frozen=True):
+    """The block that leaves next in one order."""
+
     key: bytes
     layout: int
     age: int
@@ -43,6 +46,7 @@ class Orders:
         return iter(self._orders.values())
 
     def of(self, layout: int, tenant: str) -> LeafARC:
+        """The order in which that tenant's blocks of that layout leave; made when first needed."""
         where = (layout, tenant if self.quota(tenant) is not None else "")
         order = self._orders.get(where)
         if order is None:
@@ -72,6 +76,7 @@ class Orders:
         return self.quotas.get(tenant, self.quotas.get(ANY_TENANT)) if tenant else None
 
     def used_bytes(self, tenant: str) -> int:
+        """Of all slots taken for that tenant."""
         return self._bytes.get(tenant, 0)
 
     def tenants(self) -> list[str]:
@@ -83,12 +88,27 @@ class Orders:
         known = tenant in self._bytes or self.quota(tenant) is None
         return known or len(self._bytes) < TENANTS_WITH_QUOTA_MAX
 
+    def check(self, tenant: str) -> None:
+        """Raises `Refusal` for a tenant of whom nothing may be written here now."""
+        if len(tenant) > TENANT_CHARS_MAX:
+            raise Refusal("bad_start", f"a tenant's name has at most {TENANT_CHARS_MAX} characters")
+        if self.quota(tenant) == 0:
+            raise Refusal("tenant_not_stored", f"nothing of tenant {tenant!r} is stored here: its quota is 0")
+        if not self.admits(tenant):
+            raise Refusal(
+                "too_many_tenants",
+                f"{TENANTS_WITH_QUOTA_MAX} tenants with a quota have blocks here already",
+                retryable=True,
+            )
+
     def take(self, slot: int, tenant: str, slot_bytes: int) -> None:
+        """That slot is taken for that tenant from now on."""
         if tenant:
             self._tenant_of[slot] = tenant
             self._bytes[tenant] = self._bytes.get(tenant, 0) + slot_bytes
 
     def give_back(self, slot: int, slot_bytes: int) -> None:
+        """That slot is free."""
         tenant = self._tenant_of.pop(slot, "")
         if tenant:
             left = self._bytes[tenant] - slot_bytes

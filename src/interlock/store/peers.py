@@ -20,26 +20,24 @@ import msgspec
 from interlock.core import limits
 from interlock.core.errors import InterlockError
 from interlock.core.layouts import KVLayout
+from interlock.core.removals import Removal
 from interlock.host.base import Host, SharedMemory
 from interlock.store.blocks import BlockStore
 from interlock.store.changes import RAM
 from interlock.store.checksums import Binding, verify_block
 from interlock.store.desk import Desk
-from interlock.store.packs.files import rebind
+from interlock.store.filling import fill_slots
 from interlock.store.packs.staging import Staging, StagingFull
-from interlock.store.peer_removal import PeerRemoval, RemovedEverywhere, RemoveHere
+from interlock.store.peer_messages import ANSWERS, QUESTIONS, BlocksLocated, LocateBlocks, PeerBlock
 from interlock.store.refusal import Refusal
+from interlock.store.removals import Meeting, Removals, RemoveHere, TellRemovals
 from interlock.transfer.engine import Part, TransferEngine
 from interlock.transfer.segments import RemoteSegment, Segment
 from interlock.wire.identity import Identity
 from interlock.wire.store_messages import (
     BlockPage,
     Changes,
-    Done,
-    Key,
     ListBlocks,
-    Remove,
-    Tenant,
     WatchChanges,
 )
 
@@ -49,39 +47,6 @@ FOLLOW_WAIT_SECONDS = 5.0
 RETRY_SECONDS_MAX = 2.0
 SEGMENT_LABEL = "store slab"
 _log = logging.getLogger(__name__)
-
-
-class LocateBlocks(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """Where do these blocks stand in your slab?"""
-
-    keys: list[Key]
-
-
-class PeerBlock(msgspec.Struct, frozen=True, array_like=True):
-    key: Key
-    parent: bytes
-    slot: int
-    layout: int
-    """Into `BlocksLocated.layouts`."""
-    checksums: tuple[int, ...]
-    tenant: Tenant = ""
-    """Who stored it there; it counts for him here, too."""
-
-
-class BlocksLocated(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """Those of the asked blocks that are here. Slots are in the segment, which is the slab of this life."""
-
-    slab: int
-    segment: int
-    slab_bytes: int
-    layouts: list[KVLayout]
-    blocks: list[PeerBlock]
-
-
-_questions: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(
-    LocateBlocks | ListBlocks | WatchChanges | RemoveHere | RemovedEverywhere
-)
-_answers: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(BlocksLocated | BlockPage | Changes | Done)
 
 
 class PeerTier:
@@ -95,6 +60,7 @@ class PeerTier:
         store: BlockStore,
         desk: Desk,
         memory: SharedMemory,
+        removals: Removals,
     ) -> None:
         self._host, self._engine, self._peers = host, engine, list(peers)
         self._store, self._desk, self._memory = store, desk, memory
@@ -106,11 +72,9 @@ class PeerTier:
         self._coming: set[bytes] = set()
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
-        self._fills: set[asyncio.Future[None]] = set()
-        """Blocks that are being copied into slots: one a call of `_fill`, done when its blocks are published or not."""
         self.counters: Counter[str] = Counter()
-        self.removal = PeerRemoval(host.clock, self._peers, self._remove_at, self._remove_here)
-        desk.everywhere = self.removal.everywhere
+        self._removals = removals
+        removals.with_peers(self._peers, self._ask_removal)
 
     # --- life ------------------------------------------------------------------------------------------------------
 
@@ -156,6 +120,7 @@ class PeerTier:
         return count
 
     def stats(self) -> dict[str, float]:
+        """Gauges and counters by metric name."""
         values = {
             "known_blocks": len(self._where),
             "promoting_blocks": len(self._coming),
@@ -172,13 +137,15 @@ class PeerTier:
     async def _answer(self, peer: Identity, payload: bytes) -> bytes:
         """Raises `Refusal`."""
         try:
-            question = _questions.decode(payload)
+            question = QUESTIONS.decode(payload)
         except (msgspec.MsgspecError, ValueError) as error:
             raise Refusal("bad_question", f"{peer} asked what no store asks: {error}") from error
         if isinstance(question, LocateBlocks):
             return msgspec.msgpack.encode(self._locate(question.keys[: limits.PEER_FETCH_BLOCKS_MAX]))
-        if isinstance(question, RemoveHere | RemovedEverywhere):
-            return msgspec.msgpack.encode(await self.removal.heard(peer.name, question))
+        if isinstance(question, RemoveHere):
+            return msgspec.msgpack.encode(await self._removals.asked(peer.name, question))
+        if isinstance(question, TellRemovals):
+            return msgspec.msgpack.encode(await self._removals.told(question))
         return msgspec.msgpack.encode(await self._desk.answer(question, None))
 
     def _locate(self, keys: Sequence[bytes]) -> BlocksLocated:
@@ -197,6 +164,7 @@ class PeerTier:
                 PeerBlock(b.key, b.parent, b.slot, numbers.index(b.layout), b.checksums, b.tenant)
                 for b in found
             ],
+            self._removals.book.done_for((block.key, block.tenant) for block in found),
         )
 
     # --- following peers -------------------------------------------------------------------------------------------
@@ -214,7 +182,10 @@ class PeerTier:
             pause_s = min(2 * pause_s, RETRY_SECONDS_MAX)
 
     async def _follow_once(self, peer: str) -> None:
-        """Lists all, then follows the changes, until a gap, another slab, or a failure."""
+        """Hears what was removed, lists all, then follows the changes, until a gap, another slab, or a failure."""
+        clock, removals, meeting = self._host.clock, self._removals, Meeting()
+        await removals.meet(peer, meeting)
+        met_s = clock.monotonic_s()
         slab = after = cursor = -1
         following: int | None = 0
         while following is not None:
@@ -238,17 +209,15 @@ class PeerTier:
                 elif self._where.get(change.key) == peer:
                     del self._where[change.key]
             after = changes.last
+            # Either may have heard of a removal from somebody else.
+            if removals.book.number > meeting.told or clock.monotonic_s() - met_s >= FOLLOW_WAIT_SECONDS:
+                await removals.meet(peer, meeting)
+                met_s = clock.monotonic_s()
 
-    async def _remove_here(self, body: Remove) -> int:
-        """Also of what was half in a slot when the removal's hold began: it is published no more, and over before we answer."""
-        gone = await self._desk.remove(body)
-        if self._fills:
-            await asyncio.wait(self._fills)
-        return gone
-
-    async def _remove_at(self, peer: str, question: msgspec.Struct, wanted: type[Done]) -> Done:
-        found: Done = await self._ask(peer, question, wanted, timeout_s=limits.PEER_REMOVE_SECONDS_MAX)
-        return found
+    async def _ask_removal(self, peer: str, question: msgspec.Struct, wanted: type) -> Any:
+        if isinstance(question, RemoveHere):  # answered when it is done
+            return await self._ask(peer, question, wanted, timeout_s=limits.PEER_REMOVE_SECONDS_MAX)
+        return await self._ask(peer, question, wanted)
 
     async def _ask(
         self,
@@ -259,7 +228,7 @@ class PeerTier:
         timeout_s: float = FOLLOW_WAIT_SECONDS + limits.SILENCE_SECONDS_MAX,
     ) -> Any:
         payload, _ = await self._engine.ask(peer, msgspec.msgpack.encode(question), timeout_s=timeout_s)
-        answer = _answers.decode(payload)
+        answer = ANSWERS.decode(payload)
         if not isinstance(answer, wanted):
             raise Refusal("bad_answer", f"{peer} answered with a {type(answer).__name__}")
         return answer
@@ -302,7 +271,7 @@ class PeerTier:
         payload, incarnation = await self._engine.ask(
             peer, msgspec.msgpack.encode(LocateBlocks(keys)), timeout_s=limits.PEER_FETCH_SECONDS_MAX
         )
-        found = _answers.decode(payload)
+        found = ANSWERS.decode(payload)
         if not isinstance(found, BlocksLocated):
             raise Refusal("bad_answer", f"{peer} did not say where its blocks are")
         segment = RemoteSegment(peer, incarnation, found.segment, found.slab_bytes)
@@ -311,10 +280,10 @@ class PeerTier:
             blocks = [block for block in found.blocks if block.layout == number and block.key in asked]
             fitting = max(1, limits.DISK_READ_BYTES // layout.block_bytes)
             for at in range(0, len(blocks), fitting):
-                await self._read(segment, found.slab, layout, blocks[at : at + fitting])
+                await self._read(segment, found, layout, blocks[at : at + fitting])
 
     async def _read(
-        self, segment: RemoteSegment, slab: int, layout: KVLayout, blocks: list[PeerBlock]
+        self, segment: RemoteSegment, found: BlocksLocated, layout: KVLayout, blocks: list[PeerBlock]
     ) -> None:
         size = layout.block_bytes
         try:
@@ -334,51 +303,41 @@ class PeerTier:
                 outcome.check()
                 self.counters["bytes"] += outcome.size_bytes
                 datas = [memory[i * size : (i + 1) * size] for i in range(len(blocks))]
-                bindings = [Binding(b.key, b.slot, segment.incarnation, slab) for b in blocks]
+                bindings = [Binding(b.key, b.slot, segment.incarnation, found.slab) for b in blocks]
                 good = await self._host.in_thread(_verify, layout, blocks, datas, bindings)
                 self.counters["bad"] += good.count(False)
                 chosen = [
                     pair for pair, fine in zip(zip(blocks, datas, strict=True), good, strict=True) if fine
                 ]
                 for tenant in dict.fromkeys(block.tenant for block, _ in chosen):
-                    await self._fill(layout, [pair for pair in chosen if pair[0].tenant == tenant], tenant)
+                    own = [pair for pair in chosen if pair[0].tenant == tenant]
+                    await self._fill(layout, own, tenant, found.removals)
                 datas.clear()
                 chosen.clear()
         except StagingFull as full:
             raise Refusal("staging_full", str(full), retryable=True) from full
 
-    async def _fill(self, layout: KVLayout, chosen: list[tuple[PeerBlock, memoryview]], tenant: str) -> None:
-        """Verified blocks into slots of our own, in the order of their chain, as far as there is room."""
-        store, slab = self._store, self._store.slab
-        chosen = [
-            pair
-            for pair in chosen
-            if not store.under_way(pair[0].key)
-            and pair[0].key not in store.shelf
-            and not self.removal.holds(pair[0].key, tenant)
-        ]
-        keys = [block.key for block, _ in chosen]
-        number = store.layout(layout)
-        slots = store.begin_promotion(number, keys, [block.parent for block, _ in chosen], tenant)
-        bindings = [
-            Binding(key, slot, slab.node_incarnation, slab.slab)
-            for key, slot in zip(keys, slots, strict=False)
-        ]
-        sums: list[list[int]] = []
-        over = asyncio.get_running_loop().create_future()
-        self._fills.add(over)
-        try:
-            sums = await self._host.in_thread(
-                _rebind_all, layout, [data for _, data in chosen], bindings, self._memory
-            )
-        finally:
-            for i, binding in enumerate(bindings):
-                # Who is being deleted meanwhile was swept already, and must not come after the broom.
-                wanted = sums and not self.removal.holds(binding.key, tenant)
-                store.end_promotion(binding.key, sums[i] if wanted else None)
-                self.counters["promoted"] += bool(wanted)
-            self._fills.discard(over)
-            over.set_result(None)
+    async def _fill(
+        self,
+        layout: KVLayout,
+        chosen: list[tuple[PeerBlock, memoryview]],
+        tenant: str,
+        removals: list[Removal],
+    ) -> None:
+        """Verified blocks into slots of our own, in the order of their chain, as far as there is room.
+
+        Unless they are of something that was removed and the peer had not removed it when it named them (core/removals).
+        """
+        book = self._removals.book
+        self.counters["promoted"] += await fill_slots(
+            self._host,
+            self._store,
+            self._memory,
+            layout,
+            chosen,
+            tenant,
+            lambda key: book.admits(key, tenant, removals),
+        )
 
 
 def _verify(
@@ -388,9 +347,3 @@ def _verify(
         verify_block(binding, layout, data, block.checksums)
         for block, data, binding in zip(blocks, datas, bindings, strict=True)
     ]
-
-
-def _rebind_all(
-    layout: KVLayout, datas: list[memoryview], bindings: list[Binding], slab: SharedMemory
-) -> list[list[int]]:
-    return [rebind(layout, data, binding, slab) for data, binding in zip(datas, bindings, strict=False)]

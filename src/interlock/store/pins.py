@@ -83,10 +83,12 @@ class Pins:
         return len(pin.blocks)
 
     def owner_gone(self, owner: str) -> None:
+        """That process's exit is proven: its pins end."""
         for name in list(self._pins.get(owner, ())):
             self.remove(owner, name)
 
     def tick(self, now_s: float) -> None:
+        """Pins past their deadline end."""
         due = [
             (owner, name)
             for owner, pins in self._pins.items()
@@ -97,6 +99,7 @@ class Pins:
             self.remove(owner, name)
 
     def check_integrity(self) -> None:
+        """Raises `AssertionError` when the books do not balance."""
         counts = Counter(b.key for pins in self._pins.values() for pin in pins.values() for b in pin.blocks)
         assert counts == self._counts
         sizes = {

@@ -154,6 +154,7 @@ class RankSlots:
         return known[1]
 
     def batches(self, count: int) -> list[range]:
+        """`count` blocks in parts that fit into one staging each."""
         return [range(at, min(at + self.batch, count)) for at in range(0, count, self.batch)]
 
     # --- saving --------------------------------------------------------------------------------------------------

@@ -51,6 +51,8 @@ class Member(msgspec.Struct, eq=False):
 
 
 class EngineLife(msgspec.Struct, eq=False):
+    """One life of an engine: its ranks, and whether it is over."""
+
     name: LifeName
     ranks: int
     layout: KVLayout

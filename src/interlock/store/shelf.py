@@ -56,6 +56,7 @@ class Shelf:
         return key in self._index
 
     def get(self, key: bytes) -> Block | None:
+        """The published block of that key, or None."""
         return self._index.get(key)
 
     def layout(self, layout: KVLayout) -> int:
@@ -136,6 +137,7 @@ class Shelf:
             self.orders.of(layout, tenant).hold(parent)
 
     def release(self, layout: int, parent: bytes, tenant: str = "") -> None:
+        """That child is gone, or never came."""
         if parent:
             self.orders.of(layout, tenant).release(parent)
 

@@ -21,6 +21,8 @@ from interlock.core.limits import SLOT_GRAIN_BYTES
 
 
 class SlotState(StrEnum):
+    """What a slot is used for."""
+
     FREE = "free"
     WRITING = "writing"
     PUBLISHED = "published"
@@ -81,6 +83,7 @@ class SlotTable:
         return len(self._classes) - 1
 
     def slot_bytes(self, layout: int) -> int:
+        """Of one slot of that layout: its block, in whole pages."""
         return self._classes[layout].pages * SLOT_GRAIN_BYTES
 
     def bytes_of(self, slot: int) -> int:
@@ -104,6 +107,7 @@ class SlotTable:
         return len(self._owner) * (self.extent_pages // self._classes[layout].pages)
 
     def extents_of(self, layout: int) -> int:
+        """How many extents that layout has."""
         return len(self._classes[layout].extents)
 
     # --- slots ---------------------------------------------------------------------------------------------------
@@ -166,6 +170,7 @@ class SlotTable:
     # --- extents -------------------------------------------------------------------------------------------------
 
     def slots_of_extent(self, extent: int) -> list[int]:
+        """All slots in that extent."""
         owner = self._owner[extent]
         if owner is None:
             return []
@@ -188,6 +193,7 @@ class SlotTable:
         return found, None
 
     def extent_of(self, slot: int) -> int:
+        """The extent in which that slot lies."""
         return slot // self.extent_pages
 
     def richest(self, *, but: int) -> list[int]:

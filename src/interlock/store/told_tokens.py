@@ -29,6 +29,7 @@ def pack_tokens(token_ids: Sequence[int]) -> bytes:
 
 
 def unpack_tokens(packed: bytes) -> list[int]:
+    """What `pack_tokens` packed."""
     words = array("I", packed)
     if sys.byteorder == "big":
         words.byteswap()
@@ -48,6 +49,7 @@ class TokenBook:
         return len(self._tokens)
 
     def learn(self, key: bytes, tokens: bytes, tenant: str = "") -> None:
+        """What an engine said of a block; empty: nothing is known of it."""
         self._forget(key)
         if not tokens:
             return

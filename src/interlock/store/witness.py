@@ -58,7 +58,7 @@ class Witness:
 
     def end_frozen(self, now_s: float) -> None:
         """Asks the kernel to end those whose silence keeps more of the slab than may wait; their exit frees it."""
-        frozen = self._store.frozen_writers(now_s)
+        frozen = self._store.writes.quarantine.frozen(now_s)
         self._store.counters["writers_frozen"] = len(frozen)
         for pid in sorted({pid for name in frozen if (pid := self._roster.pid_of(name)) is not None}):
             watch = self._watches.get(pid)
@@ -77,6 +77,7 @@ class Witness:
                 self._store.counters["writers_ended"] += 1
 
     def close(self) -> None:
+        """Gives all watches back."""
         for watch in self._watches.values():
             watch.close()
         self._watches.clear()

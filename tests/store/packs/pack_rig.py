@@ -8,14 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from interlock.core.layouts import KVLayout
+from interlock.core.limits import REMOVALS_FILE_BYTES_MAX
 from interlock.core.packed_sums import pack_sums
 from interlock.core.prefixes import Block
 from interlock.core.sessions import SlabName
 from interlock.host.base import SharedMemory
 from interlock.host.real import RealHost
+from interlock.host.state_file import StateFile
 from interlock.store.blocks import BlockStore
 from interlock.store.checksums import Binding, block_checksums
+from interlock.store.node import DiskConfig, Node
 from interlock.store.packs.tier import DiskTier
+from interlock.store.removals import FILE, KIND
+from interlock.wire.identity import Identity
 
 PAGE = 4096
 LAYOUT = KVLayout(layers=2, heads=4, block_tokens=4, content=32, dtype="float32")
@@ -122,3 +127,38 @@ class TierLife:
     async def scanned(self) -> None:
         assert self.tier.scan is not None
         await asyncio.wait_for(self.tier.scan.done.wait(), PATIENCE_S)
+
+
+class NodeLife(TierLife):
+    """One life of a whole node without clients, over a disk and a file of removals in `base`, `async with`."""
+
+    def __init__(
+        self, base: Path, incarnation: int, *, disk: str = "kv", slots: int = 64, **more: Any
+    ) -> None:
+        self.incarnation = incarnation
+        self.host = RealHost()
+        self.memory = self.host.create_memory("test", slots * PAGE)
+        self.events = []
+        self._address = f"unix:{base}/{incarnation}.sock"
+        self.node = Node(
+            self.host,
+            Identity("n", incarnation, b"n"),
+            self.memory,
+            incarnation + 1,
+            disk=DiskConfig(base / disk, more.pop("disk_bytes", 1 << 20), index_records_min=256),
+            removals=StateFile(self.host.files, base / FILE, KIND, REMOVALS_FILE_BYTES_MAX),
+            **more,
+        )
+        assert self.node.disk is not None
+        self.store, self.tier = self.node.store, self.node.disk
+
+    async def __aenter__(self) -> NodeLife:
+        await self.node.start(self._address)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        try:
+            await self.node.close()
+            self.check()
+        finally:
+            self.host.close()

@@ -57,6 +57,7 @@ class NewsMetadata(KVConnectorWorkerMetadata):
     news: RankNews
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
+        """vLLM's: what two workers said, as one."""
         assert isinstance(other, NewsMetadata)
         return NewsMetadata(self.news.merged(other.news))
 
@@ -157,17 +158,21 @@ class InterlockConnector(KVConnectorBase_V1):
         self._scheduler.track(request)
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """vLLM's: tokens that can be loaded beyond `num_computed_tokens`, and whether that takes until later; None: ask again."""
         tokens = self._scheduler.matched_tokens(request, num_computed_tokens)
         return tokens, bool(tokens)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        """vLLM's: the request has its blocks; what was found for it is loaded into them."""
         block_ids = blocks.get_block_ids()[0] if num_external_tokens else []
         self._scheduler.allocated(request, block_ids, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
+        """vLLM's: what the ranks are to load and save in this step."""
         return StepMetadata(self._scheduler.step(scheduler_output))
 
     def update_connector_output(self, connector_output: Any) -> None:
+        """vLLM's: what the ranks said became of their loads."""
         metadata = connector_output.kv_connector_worker_meta
         news = metadata.news if isinstance(metadata, NewsMetadata) else None
         self._scheduler.heard(
@@ -206,6 +211,7 @@ class InterlockConnector(KVConnectorBase_V1):
         return metadata.tasks
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        """vLLM's: the KV tensors of this rank. Raises `UnknownTensorsError` for what the layout does not describe."""
         scales = self._scales(list(kv_caches)) if self.shape.layout.scales else None
         self._worker.register(kv_caches, scales)
 
@@ -222,6 +228,7 @@ class InterlockConnector(KVConnectorBase_V1):
         """Nothing to end: a victim's blocks are read only inside `wait_for_save`, which returned before this call."""
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """vLLM's: begins this step's loads, in another thread."""
         self._worker.start_loads(self._tasks.loads)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
@@ -231,22 +238,27 @@ class InterlockConnector(KVConnectorBase_V1):
         """All layers are saved together in `wait_for_save`."""
 
     def wait_for_save(self) -> None:
+        """vLLM's: on return no KV block that is saved is read any more (the source fence)."""
         self._worker.save(self._tasks.saves)
 
     def get_finished(
         self,
         finished_req_ids: set[str],  # noqa: ARG002
     ) -> tuple[set[str] | None, set[str] | None]:
+        """vLLM's: requests whose blocks nothing here touches any more, each told once."""
         return None, self._worker.take_released(idle=self._tasks.idle) or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
+        """vLLM's: blocks that were not loaded and have to be computed."""
         return self._worker.take_failed_blocks()
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        """vLLM's: what this rank tells the scheduler's side."""
         news = self._worker.take_news()
         return NewsMetadata(news) if news is not None else None
 
     def shutdown(self) -> None:
+        """vLLM's: ends threads and connections; slots not reported on wait for this process's exit."""
         if self.worker is not None:
             self.worker.close()
         if self.scheduler is not None:

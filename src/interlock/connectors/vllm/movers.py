@@ -46,11 +46,15 @@ class Staging(msgspec.Struct, eq=False):
 
 
 class Mover(Protocol):
+    """What moves one rank's KV blocks, on one kind of device."""
+
     def batches(self, count: int) -> list[range]:
         """`count` blocks in parts that fit into one staging each."""
         ...
 
-    def staging(self) -> Staging: ...
+    def staging(self) -> Staging:
+        """New memory for one batch of a save."""
+        ...
 
     def gather(self, blocks: Sequence[int], staging: Staging) -> None:
         """Copies KV blocks to `staging`. After it the model may write to them again: nothing reads them out of order."""

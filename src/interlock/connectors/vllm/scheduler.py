@@ -308,4 +308,5 @@ class SchedulerSide:
         return found
 
     def close(self) -> None:
+        """Ends the connection to the store."""
         self.client.close()

@@ -74,6 +74,7 @@ class WorkerSide:
         self.client.start()
 
     def start_loads(self, tasks: Sequence[LoadTask]) -> None:
+        """Gives this step's loads to the loader's thread."""
         assert self._loader is not None, "vLLM registers KV tensors before its first step"
         for task in tasks:
             self._loader.submit(task)
@@ -132,6 +133,7 @@ class WorkerSide:
         return failed
 
     def take_news(self) -> RankNews | None:
+        """What became of loads since the last time; told once."""
         while not self._news.empty():
             name, count = self._news.get_nowait()
             self._counts[name] += count
@@ -146,6 +148,7 @@ class WorkerSide:
         return news
 
     def close(self) -> None:
+        """Finishes saves that were copied, ends threads and the connection."""
         if self._saver is not None:
             self._saver.close(CHILD_GRACE_SECONDS)
         if self._loader is not None:

@@ -14,6 +14,7 @@ from weakref import WeakValueDictionary
 import msgspec
 
 from interlock.core.limits import DISK_TOCS_KEPT_MAX
+from interlock.store.changes import DISK, Change, ChangeKind, ChangeLog
 from interlock.store.packs.clock import Pack, PackClock
 from interlock.store.packs.files import PackFile
 from interlock.store.packs.format import PackBlock, Toc
@@ -26,22 +27,28 @@ class Contents(msgspec.Struct, eq=False, weakref=True):
     toc: Toc
     gone: set[int]
     by_key: dict[bytes, PackBlock]
+    unrecorded: set[int] = msgspec.field(default_factory=set)
+    """Of `gone` those that the disk does not know of yet: the next life would find them."""
     changing: asyncio.Lock = msgspec.field(default_factory=asyncio.Lock)
     """Held while the pack's file is being changed."""
 
     @classmethod
     def of(cls, toc: Toc, gone: Iterable[int]) -> Contents:
+        """From what was read of the pack's file."""
         return cls(toc, set(gone), {block.key: block for block in toc.blocks})
 
     def live(self) -> list[int]:
+        """Ordinals of the blocks that have not left."""
         return [block.ordinal for block in self.toc.blocks if block.ordinal not in self.gone]
 
 
 class Books:
     """Packs by number, blocks by key."""
 
-    def __init__(self, index: PackIndex) -> None:
+    def __init__(self, index: PackIndex, changes: ChangeLog | None = None) -> None:
+        """`changes`: told which blocks came to the disk in this life, and which left it. What was there before is no change."""
         self.index = index
+        self._changes = changes
         self.packs = PackClock()
         self.counters: Counter[str] = Counter()
         self._contents: OrderedDict[int, Contents] = OrderedDict()
@@ -65,6 +72,7 @@ class Books:
             self._next = max(self._next, file.number + 1)
 
     def take_number(self) -> int:
+        """The next pack's number; none is used twice in a directory."""
         self._next += 1
         return self._next - 1
 
@@ -77,6 +85,7 @@ class Books:
         self.keep(Contents.of(toc, ()))
         self._add_keys([block.key for block in toc.blocks], toc.number, everything)
         self.packs.hold_parents(toc, everything)
+        self._tell_stored(toc.blocks, toc)
 
     def scanned(self, contents: Contents) -> None:
         """A pack's contents were read for the first time in this life: what the index lacks is put back.
@@ -97,11 +106,16 @@ class Books:
         if absent:
             self._add_keys([keys[i] for i in absent], toc.number, [live[i] for i in absent])
             self.counters["repaired"] += len(absent)
+            chosen = {live[i] for i in absent}
+            self._tell_stored([block for block in toc.blocks if block.ordinal in chosen], toc)
         mine = self.used_of(toc, live)
         self.packs.hold_parents(toc, mine.keys())
 
     def forget_pack(self, number: int) -> None:
         """It is gone, or no pack. Its records in the index name a pack that is not here, so nobody finds them."""
+        pack = self.packs.get(number)
+        if self._changes is not None and pack is not None and (pack.live or not pack.scanned):
+            self._tell_removed(self.index.keys_in(number))
         self.packs.remove(number)
         self._contents.pop(number, None)
         self._in_hand.pop(number, None)
@@ -109,12 +123,14 @@ class Books:
     # --- contents --------------------------------------------------------------------------------------------------
 
     def keep(self, contents: Contents) -> None:
+        """Keeps the contents in memory; those used longest ago are let go of."""
         self._in_hand[contents.toc.number] = self._contents[contents.toc.number] = contents
         self._contents.move_to_end(contents.toc.number)
         if len(self._contents) > DISK_TOCS_KEPT_MAX:
             self._contents.popitem(last=False)
 
     def contents(self, number: int) -> Contents | None:
+        """The pack's contents, if somebody has them in memory."""
         known = self._in_hand.get(number)
         if known is not None:
             self.keep(known)
@@ -131,6 +147,7 @@ class Books:
         return self.where([key])[1] != [0]
 
     def touch(self, rows: Numbers) -> None:
+        """The blocks at these rows of the index are used now."""
         self.index.touch(rows, self.now)
 
     def used_of(self, toc: Toc, ordinals: Collection[int]) -> dict[int, int]:
@@ -167,6 +184,8 @@ class Books:
         """Everything leaves; the packs that there were."""
         numbers = self.packs.numbers()
         self.index.clear()
+        if self._changes is not None:
+            self._changes.cut()
         if self._log is not None:
             self._log = []
         self.packs = PackClock()
@@ -177,6 +196,7 @@ class Books:
     # --- growth of the index ---------------------------------------------------------------------------------------
 
     def begin_rebuild(self) -> PackIndex:
+        """The index that is to be copied; from here on its changes are noted for `end_rebuild`."""
         self._log = []
         return self.index
 
@@ -197,9 +217,26 @@ class Books:
             self._log.append((keys, number, ordinals))
 
     def _remove_keys(self, keys: list[bytes], number: int) -> None:
-        self.index.remove_keys(keys, number)
+        gone = self.index.remove_keys(keys, number)
+        if number in self.packs:
+            self._tell_removed(gone)
         if self._log is not None and keys:
             self._log.append((keys, number, []))
+
+    # --- what followers are told -----------------------------------------------------------------------------------
+
+    def listed(self, contents: Contents) -> list[Change]:
+        """Its blocks that are to be found, as changes: for who has not followed so far."""
+        mine = self.used_of(contents.toc, contents.live())
+        return _stored([block for block in contents.toc.blocks if block.ordinal in mine], contents.toc)
+
+    def _tell_stored(self, blocks: Sequence[PackBlock], toc: Toc) -> None:
+        if self._changes is not None:
+            self._changes.extend(_stored(blocks, toc))
+
+    def _tell_removed(self, keys: Sequence[bytes]) -> None:
+        if self._changes is not None:
+            self._changes.extend([Change(ChangeKind.REMOVED, key, b"", 0, medium=DISK) for key in keys])
 
     def check_integrity(self) -> None:
         """Raises `AssertionError` when the books do not balance. Looks at everything."""
@@ -209,3 +246,10 @@ class Books:
             pack = self.packs.get(contents.toc.number)
             if pack is not None and pack.scanned:
                 assert pack.live == len(contents.live()), contents.toc.number
+
+
+def _stored(blocks: Sequence[PackBlock], toc: Toc) -> list[Change]:
+    tokens = toc.layout.block_tokens
+    return [
+        Change(ChangeKind.STORED, block.key, block.parent, tokens, block.tenant, DISK) for block in blocks
+    ]

@@ -54,17 +54,21 @@ class PackClock:
         return number in self._packs
 
     def numbers(self) -> list[int]:
+        """All packs, the one that is visited next first."""
         return list(self._packs)
 
     def get(self, number: int) -> Pack | None:
+        """The pack of that number, or None."""
         return self._packs.get(number)
 
     def add(self, pack: Pack) -> None:
+        """A pack is there, at the end of the queue."""
         assert pack.number not in self._packs
         self._packs[pack.number] = pack
         self.bytes += pack.bytes
 
     def remove(self, number: int) -> None:
+        """A pack is gone."""
         self.bytes -= self._packs.pop(number).bytes
 
     def resize(self, pack: Pack, size: int) -> None:
@@ -81,6 +85,7 @@ class PackClock:
             self._holds[parent] += 1
 
     def release_parents(self, toc: Toc, ordinals: Collection[int]) -> None:
+        """These blocks of the pack have left: they hold their parents no more."""
         for parent in _parents_elsewhere(toc, ordinals):
             if self._holds[parent] > 1:
                 self._holds[parent] -= 1

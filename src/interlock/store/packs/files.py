@@ -9,6 +9,7 @@ every other one's owner is gone, so they are swept on evidence, at start.
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 from collections.abc import Collection, Sequence
@@ -19,7 +20,7 @@ import xxhash
 from interlock.core.layouts import KVLayout
 from interlock.core.limits import DISK_ASIDE_FILES_MAX, DISK_PACK_BLOCKS_MAX, SLOT_GRAIN_BYTES
 from interlock.host.base import Directory, Piece, SharedMemory
-from interlock.store.checksums import Binding, block_checksums, verify_block
+from interlock.store.checksums import Binding, verify_block
 from interlock.store.packs.format import (
     FOOT_BYTES,
     PAGE_BYTES,
@@ -38,6 +39,8 @@ from interlock.store.packs.format import (
 from interlock.store.packs.staging import Staging
 
 ASIDE = "aside"
+IDENTITY = "identity"
+IDENTITY_BYTES = 16
 _PACK = re.compile(r"(\d{10})\.safetensors")
 _SIDECAR = re.compile(r"(\d{10})\.gone")
 _TEMPORARY = re.compile(r".+\.\d+\.tmp")
@@ -69,12 +72,15 @@ class PackFiles:
         self._directory = directory
         self._incarnation = incarnation
         self._staging = staging
+        self.identity = ""
+        """Of this directory, whoever has it: made once, when it was first opened."""
 
     # --- the directory ---------------------------------------------------------------------------------------------
 
     def open(self) -> tuple[list[PackFile], list[str]]:
         """The packs by number, and the names of what was swept or set aside because it is none. Raises `OSError`."""
         self._directory.make_folder(ASIDE)
+        self.identity = self._identify()
         packs, sidecars, cleared = [], [], []
         for entry in self._directory.list():
             if found := _PACK.fullmatch(entry.name):
@@ -93,7 +99,19 @@ class PackFiles:
                 self._directory.remove(gone_name(number))
         return packs, cleared
 
+    def _identify(self) -> str:
+        data = bytearray(IDENTITY_BYTES)
+        if self._directory.size(IDENTITY) == IDENTITY_BYTES:
+            self._directory.read(IDENTITY, [Piece(0, memoryview(data))])
+        else:
+            self._directory.remove(IDENTITY)
+            data = bytearray(os.urandom(IDENTITY_BYTES))
+            self._directory.append(IDENTITY, bytes(data))
+            self._directory.sync()
+        return data.hex()
+
     def packs(self) -> list[PackFile]:
+        """All files that are packs by their names."""
         found = [(_PACK.fullmatch(entry.name), entry) for entry in self._directory.list()]
         return [
             PackFile(int(name[1]), entry.size_bytes, entry.allocated_bytes) for name, entry in found if name
@@ -225,10 +243,15 @@ class PackFiles:
         return True
 
     def delete(self, number: int) -> None:
+        """Removes a pack's file and then, when that is durable, its sidecar. Raises `OSError`."""
         self._directory.remove(pack_name(number))
         if self._directory.size(gone_name(number)) is not None:
             self._directory.sync()
             self._directory.remove(gone_name(number))
+
+    def sync(self) -> None:
+        """What was taken away so far does not come back with a power cut. Raises `OSError`."""
+        self._directory.sync()
 
     def set_aside(self, number: int) -> None:
         """Out of the way, and kept for whoever wants to know what happened. Raises `OSError`."""
@@ -249,16 +272,6 @@ class PackFiles:
 
 def _placed(source: SourceBlock, ordinal: int, offset: int) -> PackBlock:
     return PackBlock(ordinal, offset, source.parent, source.binding, source.checksums, source.tenant)
-
-
-def rebind(layout: KVLayout, data: memoryview, binding: Binding, slab: SharedMemory) -> list[int]:
-    """Copies a verified block from staging into its new slot; the checksums that bind it there, of the staging's bytes.
-
-    Not of the slot's: whatever else might write there must fail the check, not be blessed by it.
-    """
-    sums = block_checksums(binding, layout, data)
-    slab.write_at(binding.slot * SLOT_GRAIN_BYTES, data)
-    return sums
 
 
 def _gone_check(ordinal: int, toc: Toc) -> int:

@@ -84,6 +84,7 @@ class _Tensor(msgspec.Struct, frozen=True):
 
 
 def pack_name(number: int) -> str:
+    """The name of that pack's file."""
     return f"{number:010d}.safetensors"
 
 
@@ -93,6 +94,7 @@ def gone_name(number: int) -> str:
 
 
 def stride(layout: KVLayout) -> int:
+    """From one block of a pack to the next, in bytes: whole pages."""
     return -(-layout.block_bytes // PAGE_BYTES) * PAGE_BYTES
 
 

@@ -77,6 +77,7 @@ class IndexFile:
         return mapping, index
 
     def close(self) -> None:
+        """Unmaps it once nobody looks into it."""
         if self._mapping is not None:
             self._mapping.close()
             self._mapping = None

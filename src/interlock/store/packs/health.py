@@ -21,6 +21,7 @@ class Health:
         self._next_s = 0.0
 
     def may_try(self, now_s: float) -> bool:
+        """Whether it is asked now."""
         return self.state == OK or now_s >= self._next_s
 
     def wait_s(self, now_s: float) -> float:

@@ -112,18 +112,22 @@ class PackIndex:
         return rows[: missing[0]] if len(missing) else rows
 
     def packs_of(self, rows: Numbers) -> list[int]:
+        """Pack numbers of these rows."""
         return [int(number) for number in self._packs[rows]]
 
     def ordinals_of(self, rows: Numbers) -> list[int]:
+        """Places in their packs of the blocks at these rows."""
         return [int(number) for number in self._table["ordinal"][rows]]
 
     def used_of(self, rows: Numbers) -> Numbers:
+        """When the blocks at these rows were last used, in pack numbers."""
         used: Numbers = self._table["used"][rows]
         return used
 
     # --- changes ---------------------------------------------------------------------------------------------------
 
     def touch(self, rows: Numbers, now: int) -> None:
+        """The blocks at these rows are used at `now`."""
         self._table["used"][rows] = now
 
     def add(self, keys: Sequence[bytes], pack: int, ordinals: Sequence[int], now: int) -> None:
@@ -171,16 +175,27 @@ class PackIndex:
         return chosen
 
     def remove(self, rows: Numbers) -> None:
+        """Forgets these rows."""
         self._packs[rows] = DELETED
 
-    def remove_keys(self, keys: Sequence[bytes], pack: int) -> Numbers:
-        """Forgets those that stand in that pack; their rows."""
+    def remove_keys(self, keys: Sequence[bytes], pack: int) -> list[bytes]:
+        """Forgets those that stand in that pack; which they were."""
         rows, packs = self.find(keys)
-        mine: Numbers = rows[packs == pack]
-        self.remove(mine)
-        return mine
+        mine = packs == pack
+        self.remove(rows[mine])
+        return [keys[i] for i in np.flatnonzero(mine)]
+
+    def keys_in(self, pack: int) -> list[bytes]:
+        """The keys that stand in that pack. Looks at the whole table."""
+        rows: Numbers = np.flatnonzero(self._packs == pack)
+        good = (
+            _check(self._keys[rows], self._packs[rows], self._table["ordinal"][rows])
+            == self._table["check"][rows]
+        )
+        return [row.tobytes() for row in self._keys[rows[good]]]
 
     def clear(self) -> None:
+        """Forgets everything."""
         self._table[:] = np.zeros(1, dtype=RECORD)
         self.taken = 0
 

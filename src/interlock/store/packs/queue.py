@@ -81,15 +81,18 @@ class WriteQueue:
         return batch, lost
 
     def drop(self, key: bytes) -> None:
+        """That block waits no more; nothing if it did not."""
         waiting = self._waiting.pop(key, None)
         if waiting is not None:
             self.bytes -= waiting.bytes
 
     def drop_all(self, wanted: Callable[[Block], bool]) -> None:
+        """Those that are `wanted` wait no more."""
         for key in [key for key, waiting in self._waiting.items() if wanted(waiting.block)]:
             self.drop(key)
 
     def clear(self) -> None:
+        """Nothing waits any more."""
         self._waiting.clear()
         self.bytes = 0
 

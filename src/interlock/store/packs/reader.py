@@ -15,12 +15,11 @@ import msgspec
 
 from interlock.core import limits
 from interlock.core.layouts import KVLayout
-from interlock.store.checksums import Binding
+from interlock.store.filling import fill_slots
 from interlock.store.packs.books import Contents
-from interlock.store.packs.files import rebind
 from interlock.store.packs.format import PackBlock
 from interlock.store.packs.staging import Staging, StagingFull
-from interlock.store.packs.state import DiskState
+from interlock.store.packs.state import DiskState, log
 from interlock.store.refusal import Refusal
 
 
@@ -101,6 +100,7 @@ class Promoter:
     # --- the tasks -------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
+        """Reads what is wanted, a pack at a time. Until cancelled."""
         while True:
             while not self._wanted:
                 self._wake.clear()
@@ -179,44 +179,14 @@ class Promoter:
             for i, block in enumerate(blocks)
             if good[i]
         ]
-        if not chosen:
-            return
+        epoch, published = state.epoch, 0
         try:
-            number = store.layout(layout)
-        except Refusal:
-            state.counters["promotions_failed"] += len(chosen)
-            return
-        for tenant in dict.fromkeys(block.tenant for block, _ in chosen):
-            await self._fill(layout, number, [pair for pair in chosen if pair[0].tenant == tenant], tenant)
-
-    async def _fill(
-        self, layout: KVLayout, number: int, chosen: list[tuple[PackBlock, memoryview]], tenant: str
-    ) -> None:
-        state, store, slab, epoch = self._state, self._state.store, self._state.store.slab, self._state.epoch
-        chosen = [
-            pair for pair in chosen if not store.under_way(pair[0].key) and pair[0].key not in store.shelf
-        ]
-        keys = [block.key for block, _ in chosen]
-        slots = store.begin_promotion(number, keys, [block.parent for block, _ in chosen], tenant)
-        state.counters["promotions_failed"] += len(chosen) - len(slots)
-        bindings = [
-            Binding(key, slot, slab.node_incarnation, slab.slab)
-            for key, slot in zip(keys, slots, strict=False)
-        ]
-        sums: list[list[int]] = []
-        try:
-            sums = await state.host.in_thread(
-                self._rebind_all, layout, [data for _, data in chosen], bindings
-            )
-        finally:
-            for i, binding in enumerate(bindings):
-                store.end_promotion(binding.key, sums[i] if sums and epoch == state.epoch else None)
-        state.counters["promoted"] += len(bindings)
-
-    def _rebind_all(
-        self, layout: KVLayout, datas: list[memoryview], bindings: list[Binding]
-    ) -> list[list[int]]:
-        return [
-            rebind(layout, data, binding, self._state.slab)
-            for data, binding in zip(datas, bindings, strict=False)
-        ]
+            for tenant in dict.fromkeys(block.tenant for block, _ in chosen):
+                own = [pair for pair in chosen if pair[0].tenant == tenant]
+                published += await fill_slots(
+                    state.host, store, state.slab, layout, own, tenant, lambda _: epoch == state.epoch
+                )
+        except Refusal as refusal:  # the slab cannot hold such blocks
+            log.info("blocks of the disk stay there: %s", refusal)
+        state.counters["promoted"] += published
+        state.counters["promotions_failed"] += len(chosen) - published

@@ -33,6 +33,7 @@ class Scan:
         """Every pack that was there at start has been looked at, or cannot be read now."""
 
     async def run(self) -> None:
+        """Puts the index right, then keeps watch. Until cancelled."""
         await self._count()
         self._counted()
         await self._read_packs()

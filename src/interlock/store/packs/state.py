@@ -64,6 +64,7 @@ class DiskState:
         log.warning("disk tier: %s", message)
 
     def failed(self, health: Health, doing: str, error: OSError) -> None:
+        """An error while reading or writing: counted, and said when it is news."""
         self.counters[f"{doing}_errors"] += 1
         if health.failed(error, self.now_s()):
             self.tell(
@@ -75,6 +76,7 @@ class DiskState:
             )
 
     def worked(self, health: Health, doing: str) -> None:
+        """It worked: said when it had not before."""
         if health.worked():
             self.tell("recovered", f"{doing} works again", doing=doing)
 
@@ -131,6 +133,7 @@ class DiskState:
                 self.books.packs.resize(pack, size)
 
     async def set_aside(self, number: int, reason: str) -> None:
+        """The pack is none of ours any more; its file is kept for whoever wants to look."""
         pack = self.books.packs.get(number)
         if pack is None:
             return
@@ -169,12 +172,25 @@ class DiskState:
 
     # --- eviction --------------------------------------------------------------------------------------------------
 
+    async def expel(self, contents: Contents, ordinals: list[int]) -> None:
+        """These blocks leave the disk and must not be found by the next life: where that cannot be recorded, the whole pack goes."""
+        chosen = [place for place in ordinals if place not in contents.gone or place in contents.unrecorded]
+        await self.evict(contents, chosen)
+        number = contents.toc.number
+        pack = self.books.packs.get(number)
+        if pack is not None and not contents.unrecorded.isdisjoint(chosen):
+            self.books.leave(contents, contents.live())
+            self.books.forget_pack(number)
+            await self.discard(number, Condemned(pack.bytes, aside=False))
+
     async def evict(self, contents: Contents, ordinals: list[int]) -> None:
         """These blocks leave the disk; with the last of them goes the pack."""
         number, toc = contents.toc.number, contents.toc
         async with contents.changing:
             pack = self.books.packs.get(number)
-            fresh = [ordinal for ordinal in ordinals if ordinal not in contents.gone]
+            fresh = [
+                place for place in ordinals if place not in contents.gone or place in contents.unrecorded
+            ]
             if pack is None or not (fresh or pack.live == 0):
                 return
             self.books.leave(contents, fresh)
@@ -182,8 +198,12 @@ class DiskState:
                 self.books.forget_pack(number)
                 await self.discard(number, Condemned(pack.bytes, aside=False))
                 return
+            contents.unrecorded.update(fresh)
             try:
-                if await self.host.in_thread(self.files.evict, toc, fresh) and number in self.books.packs:
-                    self.books.packs.resize(pack, pack.bytes - toc.stride * len(fresh))
+                punched = await self.host.in_thread(self.files.evict, toc, fresh)
             except OSError as error:
                 self.failed(self.writes, "writing", error)
+                return
+            contents.unrecorded.difference_update(fresh)
+            if punched and number in self.books.packs:
+                self.books.packs.resize(pack, pack.bytes - toc.stride * len(fresh))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from interlock.core.prefixes import Block
 from interlock.host.base import Directory, Host, SharedMemory
 from interlock.host.disk import DirectoryBusy
 from interlock.store.blocks import BlockStore
+from interlock.store.changes import Change, ChangeLog
 from interlock.store.packs.books import Books
 from interlock.store.packs.files import PackFile, PackFiles
 from interlock.store.packs.growth import IndexFile
@@ -52,10 +53,13 @@ class DiskTier:
         owner: str,
         emit: Emit | None = None,
         records_min: int = limits.DISK_INDEX_RECORDS_MIN,
+        changes: ChangeLog | None = None,
     ) -> None:
+        """`changes`: told which blocks come to the disk and leave it, from its opening on (`listing` tells the others)."""
         self._host, self._path, self._bytes_max = host, path, bytes_max
         self._store, self._slab, self._owner, self._emit = store, slab, owner, emit or _to_nobody
         self._records_min = records_min
+        self._changes = changes
         self._staging = Staging(STAGING_BYTES)
         self._directory: Directory | None = None
         self._index_file: IndexFile | None = None
@@ -63,12 +67,20 @@ class DiskTier:
         self.state: DiskState | None = None
         self.writer: Writer | None = None
         self.promoter: Promoter | None = None
+        self.on_open: Callable[[str, bool], None] = lambda *_: None
+        """Told, before anything comes up from it, which directory was opened (its identity) and whether it had no packs."""
         self.error = "not opened yet"
         self.scan: Scan | None = None
 
     @property
     def path(self) -> Path:
+        """The directory of packs."""
         return self._path
+
+    @property
+    def is_open(self) -> bool:
+        """Whether blocks can be asked for; reading and writing may fail nevertheless (`stats`)."""
+        return self.state is not None
 
     # --- life ------------------------------------------------------------------------------------------------------
 
@@ -112,8 +124,9 @@ class DiskTier:
     async def _open(self) -> None:
         directory, index_file, index, files, found, cleared = await self._host.in_thread(self._open_files)
         self._directory, self._index_file = directory, index_file
-        books = Books(index)
+        books = Books(index, self._changes)
         books.adopt(found)
+        self.on_open(files.identity, not found)
         state = DiskState(self._host, files, books, index_file, self._store, self._slab, self._emit)
         self.state, self.error = state, ""
         self.promoter = Promoter(state, self._staging)
@@ -193,63 +206,90 @@ class DiskTier:
         """How many of the first `keys`, which follow what RAM has of a prefix, are on their way up now."""
         return self.promoter.ask(keys) if self.promoter is not None else 0
 
-    async def clear(self) -> None:
+    async def clear(self) -> bool:
         """Forgets everything on the disk, and what was on its way there or from there, at once; returns when the files are
-        gone, or the disk fails (they are tried again). A caller that stops waiting stops nothing."""
+        gone, or the disk fails (they are tried again). A caller that stops waiting stops nothing. False: it is not open."""
         state = self.state
         if state is None or self.writer is None or self.promoter is None:
-            return
+            return False
         state.epoch += 1
         self.writer.clear()
         self.promoter.clear()
         for number in state.books.clear():
             state.condemned.setdefault(number, Condemned(0, aside=False))
         await asyncio.shield(self._spawn("disk clear", self._delete, state))
+        return True
 
     async def _delete(self, state: DiskState) -> None:
+        await self._discard_condemned(state)
+        await self._all_gone(state)
+
+    async def _discard_condemned(self, state: DiskState) -> None:
         for number, condemned in list(state.condemned.items()):
             await state.discard(number, condemned)
 
-    async def sweep(self, wanted: Callable[[Any], bool]) -> int:
-        """Takes the blocks off the disk whose key and tenant are `wanted`, durably; how many. Reads every pack's contents.
+    async def _all_gone(self, state: DiskState) -> bool:
+        """Whether no file that had to go is there any more, nor comes back with a power cut."""
+        try:
+            await self._host.in_thread(state.files.sync)
+        except OSError as error:
+            state.failed(state.writes, "writing", error)
+            return False
+        return not state.condemned
 
-        What is on its way to or from the disk is waited for, so that nothing of it comes back afterwards.
+    async def sweep(self, wanted: Callable[[Any], bool]) -> tuple[int, bool]:
+        """Takes the blocks off the disk whose key and tenant are `wanted`, durably; how many, and whether none is left.
+
+        Reads every pack's contents. What is on its way to or from the disk is waited for, so that nothing of it comes back
+        afterwards. Some may be left where the disk is not open, or a file of it cannot be read or taken away now.
         """
         state = self.state
         if state is None or self.writer is None or self.promoter is None:
-            return 0
-        removed = 0
+            return 0, False
+        removed, whole = 0, True
         self.writer.queue.drop_all(wanted)
         await self.writer.settled()
         for number in state.books.packs.numbers():
             contents = await state.contents(number)
             if contents is not None:
-                ordinals = [block.ordinal for block in contents.toc.blocks if wanted(block)]
-                ordinals = [ordinal for ordinal in ordinals if ordinal not in contents.gone]
-                await state.evict(contents, ordinals)
-                removed += len(ordinals)
+                chosen = [block.ordinal for block in contents.toc.blocks if wanted(block)]
+                removed += len([place for place in chosen if place not in contents.gone])
+                if chosen:
+                    await state.expel(contents, chosen)
+            else:
+                whole &= number not in state.books.packs
         await self.promoter.settled()
-        return removed
+        await self._discard_condemned(state)
+        return removed, whole and await self._all_gone(state)
 
-    async def remove(self, keys: Sequence[bytes]) -> int:
-        """Takes these blocks off the disk, durably; how many were there. Raises nothing; a miss costs a look-up."""
+    async def remove(self, keys: Sequence[bytes]) -> tuple[int, bool]:
+        """Takes these blocks off the disk, durably; how many were there, and whether none is left."""
         state = self.state
         if state is None or self.writer is None:
-            return 0
+            return 0, False
         for key in keys:
             self.writer.queue.drop(key)
         _, numbers = state.books.where(keys)
-        removed = 0
+        removed, whole = 0, True
         for number in sorted({number for number in numbers if number}):
             contents = await state.contents(number)
             if contents is None:
+                whole &= number not in state.books.packs
                 continue
             wanted = (contents.by_key.get(key) for key, at in zip(keys, numbers, strict=True) if at == number)
-            ordinals = [block.ordinal for block in wanted if block is not None]
-            ordinals = [ordinal for ordinal in ordinals if ordinal not in contents.gone]
-            await state.evict(contents, ordinals)
-            removed += len(ordinals)
-        return removed
+            chosen = [block.ordinal for block in wanted if block is not None]
+            removed += len([place for place in chosen if place not in contents.gone])
+            await state.expel(contents, chosen)
+        return removed, whole and await self._all_gone(state)
+
+    async def listing(self) -> AsyncIterator[list[Change]]:
+        """All blocks that stay while we look, a pack at a time; those that come or go meanwhile are told of as changes."""
+        state = self.state
+        for number in state.books.packs.numbers() if state is not None else []:
+            assert state is not None
+            contents = await state.contents(number)
+            if contents is not None and number in state.books.packs:
+                yield state.books.listed(contents)
 
     async def flush(self, timeout_s: float) -> bool:
         """Whether all that was published so far is on the disk, or given up, within `timeout_s`."""

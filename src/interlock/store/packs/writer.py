@@ -42,6 +42,7 @@ class Writer:
 
     @property
     def idle(self) -> bool:
+        """Whether nothing waits and nothing is being written."""
         return not self._writing and not len(self.queue)
 
     def offer(self, block: Block) -> None:
@@ -56,6 +57,7 @@ class Writer:
             self._wake.set()
 
     def clear(self) -> None:
+        """What waits is forgotten; what is being written finds out by the epoch."""
         self.queue.clear()
 
     async def flush(self, timeout_s: float) -> bool:
@@ -80,6 +82,7 @@ class Writer:
     # --- the tasks -------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
+        """Writes packs as they come due. Until cancelled."""
         while True:
             await self._until_due()
             async with self._changed:
