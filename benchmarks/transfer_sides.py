@@ -218,7 +218,7 @@ def socket_owner(_: str) -> None:
 
 
 class Ours(Side):
-    """The synchronous face. `lanes`: of `LaneOptions`."""
+    """The synchronous face, with a read that is prepared once, as NIXL's handle is. `lanes`: of `LaneOptions`."""
 
     lanes: dict[str, Any] = {}
 
@@ -245,10 +245,10 @@ class Ours(Side):
         from interlock.transfer.engine import Part
 
         rows = np.stack([self.remote, self.local, np.full(self.count, self.size)], axis=1)
-        self.parts = [Part(self.segment, self.here, rows)]
+        self.prepared = self.engine.prepare([Part(self.segment, self.here, rows)])
 
     def read(self) -> None:
-        self.engine.read(self.parts, 30.0)
+        self.engine.read(self.prepared, 30.0)
 
     def first(self) -> float:
         from interlock.transfer.engine import Part

@@ -75,9 +75,15 @@ class Yard:
 
     async def close(self) -> None:
         for name in list(self.engines):
+            await self._settle(self.engines[name])
             self.engines[name].check_integrity()
             await self.end(name)
         self.host.close()
+
+    async def _settle(self, engine: TransferEngine) -> None:
+        """A reader has its last byte a moment before the owner's thread let go of the segment."""
+        segments = engine.segments._segments
+        await until(lambda: not any(segment.readers for segment in segments.values()))
 
 
 @pytest.fixture

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from interlock.core.errors import LocalProtocolError
 from interlock.host.real import RealHost
 from interlock.membership.directory import StaticDirectory
 from interlock.transfer.blocking import BlockingTransferEngine
 from interlock.transfer.engine import LaneOptions, Part, TransferEngine, TransferFailed
+from interlock.transfer.outcomes import Transfer
 from interlock.transfer.segments import RemoteSegment
 from interlock.wire.identity import Identity
 
@@ -101,3 +103,31 @@ def test_writes_and_notices_pass_through_the_loop(pair: Pair) -> None:
     a.notify("b", b"done", 5)
     assert b.next_notice(5).payload == b"done"
     assert a.ping("b", 5) > 0
+
+
+def test_who_would_wait_inside_a_callback_is_told_so_and_may_close_outside(pair: Pair) -> None:
+    """The thread in a callback may be the one that everybody else, and so the close, would wait for."""
+    a, _, source = pair
+    (segment,) = a.segments_of("b", "kv", 5)
+    here = np.zeros(len(source), np.uint8)
+    a.read([Part(segment, here)], 5)
+    told: list[object] = []
+
+    def released() -> None:
+        for wait in (
+            a.close,
+            lambda: a.read([Part(segment, bytearray(10), [(0, 0, 10)])], 5),
+            lambda: a.ping("b"),
+        ):
+            with pytest.raises(LocalProtocolError, match="must not wait") as refused:
+                wait()
+            told.append(refused.value)
+
+    transfer = Transfer(a.prepare([Part(segment, here)]).plan, [], 0.0, lambda: None)
+    transfer.when_released(released)
+    transfer.cancel()
+    assert len(told) == 3
+    a.close()
+    a.close()
+    with pytest.raises(LocalProtocolError, match="closed"):
+        a.ping("b")

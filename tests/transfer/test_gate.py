@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 
@@ -73,9 +74,27 @@ async def test_a_place_that_was_given_to_one_who_gives_up_in_that_moment_goes_to
 
 
 async def test_who_dawdles_loses_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate_module, "PLACE_SECONDS_MAX", 0.01)
+    monkeypatch.setattr(gate_module, "PLACE_SECONDS", 0.01)
     gate = Gate(1)
     await gate.enter("a mute one")
     async with asyncio.timeout(2):
         await gate.enter("b")
         await gate.enter("c")
+
+
+async def test_who_is_looked_at_late_because_the_loop_stood_still_keeps_its_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without this all places lapse at once where the machine is busy, everybody is served at once, and nobody by the deadline."""
+    monkeypatch.setattr(gate_module, "PLACE_SECONDS", 0.02)
+    monkeypatch.setattr(gate_module, "LATE_TIMES", 2)
+    gate = Gate(1)
+    await gate.enter("a")
+    time.sleep(0.2)  # the loop stands still, as on a machine without a free core
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert len(gate) == 1, "it lost its place though it had no moment in which to use it"
+    async with asyncio.timeout(5):
+        await gate.enter("b")  # a's place does lapse in the end
+    assert len(gate) == 1
+    gate.leave("b")

@@ -12,14 +12,16 @@ from typing import Any
 
 import pytest
 
-from interlock.core.endpoint_events import Retire
+from interlock.core.endpoint_events import Retire, Tick
 from interlock.core.endpoint_state import Phase
+from interlock.core.limits import HANDSHAKE_SECONDS_MAX
 from interlock.host.bulk import BulkSocket
 from interlock.host.bulk_pool import borrow_pool, return_pool
 from interlock.host.real import RealHost
 from interlock.transfer.endpoint import EndpointDriver
 from interlock.transfer.lanes.greeting import LaneHello, LaneWelcome
 from interlock.transfer.lanes.tcp import TcpKind
+from interlock.transfer.outcomes import TransferFailed
 from interlock.transfer.segments import SegmentTable
 from interlock.wire.transfer_messages import Said, from_wire
 
@@ -176,8 +178,8 @@ async def test_an_answer_to_an_attempt_that_was_given_up_sets_nothing_up(post: P
     post.deliver(a, a.said[0])
     await until(lambda: bool(b.said))
     late = b.said[-1]
-    a.driver.tell(Retire("it took too long"))
-    with pytest.raises(Exception, match="it took too long"):
+    a.driver.tell(Retire("the waiter gave up"))
+    with pytest.raises(TransferFailed, match="the waiter gave up"):
         await first
     post.holds = False
     second = asyncio.create_task(a.driver.open())
@@ -187,6 +189,24 @@ async def test_an_answer_to_an_attempt_that_was_given_up_sets_nothing_up(post: P
     post.deliver(b, late)
     await asyncio.sleep(0.05)
     assert agreed(a, b)
+
+
+async def test_who_is_still_waiting_when_an_attempt_ends_goes_on_with_the_next(post: Post) -> None:
+    """Somebody else may have begun that attempt long ago: its deadline is not the waiter's."""
+    a, b = await post.born("a", 1), await post.born("b", 1)
+    post.holds = True
+    begun_long_ago = asyncio.create_task(a.driver.open())
+    await until(lambda: bool(a.said))
+    a.driver.tell(Tick(0.0))
+    late = asyncio.create_task(a.driver.open())
+    await asyncio.sleep(0)
+    attempt = a.driver.state.attempt
+    a.driver.tell(Tick(HANDSHAKE_SECONDS_MAX + 0.1))
+    post.holds = False
+    async with asyncio.timeout(5):
+        await asyncio.gather(begun_long_ago, late)
+    assert a.driver.state.attempt > attempt
+    await until(lambda: agreed(a, b))
 
 
 async def test_a_lost_ready_leaves_nobody_half_open(post: Post) -> None:

@@ -7,19 +7,23 @@ copies, and no other thread has to wake up for it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, TypeVar
 
+from interlock.core.errors import LocalProtocolError
 from interlock.core.limits import SEGMENT_RELEASE_SECONDS_MAX, TRANSFER_SECONDS_DEFAULT
 from interlock.host.loops import LoopThread
 from interlock.host.threads import monotonic_s
 from interlock.transfer.engine import TransferEngine
 from interlock.transfer.notices import Notice
-from interlock.transfer.outcomes import Outcome, Transfer
-from interlock.transfer.pieces import Part
+from interlock.transfer.outcomes import Outcome, Transfer, in_callback
+from interlock.transfer.pieces import Part, make_plan
+from interlock.transfer.prepared import PreparedRead
+from interlock.transfer.reading import Wanted
 from interlock.transfer.segments import RemoteSegment, Segment
 
 START_SECONDS_MAX = 30.0
+T = TypeVar("T")
 
 
 class BlockingTransferEngine:
@@ -41,32 +45,48 @@ class BlockingTransferEngine:
 
     @property
     def address(self) -> str:
+        """Where peers dial us."""
         return self._engine.address
 
     def register(self, buffer: Any, label: str = "", *, takes_writes: bool = False) -> Segment:
+        """As `TransferEngine.register`. Raises `LocalProtocolError`."""
         return self._engine.register(buffer, label, takes_writes=takes_writes)
 
     def unregister(self, segment: Segment, timeout_s: float = SEGMENT_RELEASE_SECONDS_MAX) -> None:
-        self._thread.call(self._engine.unregister(segment, timeout_s), timeout_s + 1.0)
+        """As `TransferEngine.unregister`: returns when no peer is given anything of it. Raises `TimeoutError`, `LocalProtocolError`."""
+        self._call(self._engine.unregister(segment, timeout_s), timeout_s + 1.0)
 
     def segments_of(
         self, peer: str, label: str = "", timeout_s: float = TRANSFER_SECONDS_DEFAULT
     ) -> list[RemoteSegment]:
-        return self._thread.call(self._engine.segments_of(peer, label, timeout_s=timeout_s), timeout_s + 1.0)
+        """As `TransferEngine.segments_of`. Raises `TransferFailed`."""
+        return self._call(self._engine.segments_of(peer, label, timeout_s=timeout_s), timeout_s + 1.0)
 
     def open(self, peer: str, timeout_s: float = TRANSFER_SECONDS_DEFAULT) -> None:
-        self._thread.call(self._engine.open(peer, timeout_s=timeout_s), timeout_s + 1.0)
+        """As `TransferEngine.open`. Raises `TransferFailed`."""
+        self._call(self._engine.open(peer, timeout_s=timeout_s), timeout_s + 1.0)
 
-    def begin_read(self, parts: Sequence[Part], timeout_s: float = TRANSFER_SECONDS_DEFAULT) -> Transfer:
+    def prepare(self, parts: Sequence[Part]) -> PreparedRead:
+        """As `TransferEngine.prepare`: for reads that are done often."""
+        return self._engine.prepare(parts)
+
+    def begin_read(self, what: Wanted, timeout_s: float = TRANSFER_SECONDS_DEFAULT) -> Transfer:
         """As `TransferEngine.read`; wait by `Transfer.wait_outcome` and `wait_release`."""
-        return self._thread.call(_begin(self._engine, parts, timeout_s), timeout_s + 1.0)
+        return self._call(_begin(self._engine, what, timeout_s), timeout_s + 1.0)
 
-    def read(self, parts: Sequence[Part], timeout_s: float = TRANSFER_SECONDS_DEFAULT) -> Outcome:
+    def read(self, what: Wanted, timeout_s: float = TRANSFER_SECONDS_DEFAULT) -> Outcome:
         """Reads, and returns at the *release*, so that the buffers are the caller's again; raises `TransferFailed`.
 
         After the deadline the release takes a moment more: threads look up every BULK_PATIENCE_SECONDS.
         """
-        transfer = self._engine.read_here(parts, timeout_s) or self.begin_read(parts, timeout_s)
+        begun_s = monotonic_s()
+        prepared = what if isinstance(what, PreparedRead) else PreparedRead(make_plan(what), is_once=True)
+        outcome = self._engine.read_now(prepared, timeout_s)
+        if outcome is not None:
+            return outcome.check()
+        _may_wait()
+        left_s = max(0.0, timeout_s - (monotonic_s() - begun_s))
+        transfer = self._engine.read_here(prepared, left_s) or self.begin_read(prepared, left_s)
         left_s = max(0.0, transfer.deadline_s - monotonic_s())
         with contextlib.suppress(TimeoutError):
             transfer.wait_outcome(left_s)
@@ -84,26 +104,49 @@ class BlockingTransferEngine:
     ) -> Outcome:
         """Returns at the release. Raises `TransferFailed`; `TimeoutError` when the owner does not say that it reads no more."""
         work = _write(self._engine, target, source, pieces, timeout_s)
-        return self._thread.call(work, timeout_s + SEGMENT_RELEASE_SECONDS_MAX).check()
+        return self._call(work, timeout_s + SEGMENT_RELEASE_SECONDS_MAX).check()
 
     def notify(self, peer: str, payload: bytes, timeout_s: float = TRANSFER_SECONDS_DEFAULT) -> None:
-        self._thread.call(self._engine.notify(peer, payload, timeout_s=timeout_s), timeout_s + 1.0)
+        """As `TransferEngine.notify`: returns when the peer acknowledged it. Raises `TransferFailed`."""
+        self._call(self._engine.notify(peer, payload, timeout_s=timeout_s), timeout_s + 1.0)
 
     def next_notice(self, timeout_s: float) -> Notice:
         """Raises `TimeoutError`."""
-        return self._thread.call(_notice(self._engine), timeout_s)
+        return self._call(_notice(self._engine), timeout_s)
 
     def ping(self, peer: str, timeout_s: float = TRANSFER_SECONDS_DEFAULT) -> float:
-        return self._thread.call(self._engine.ping(peer, timeout_s=timeout_s), timeout_s + 1.0)
+        """Seconds to that peer and back. Raises `TransferFailed`."""
+        return self._call(self._engine.ping(peer, timeout_s=timeout_s), timeout_s + 1.0)
 
     def explain(self, peer: str) -> list[str]:
+        """Over which lane that peer is read and why, in sentences."""
         return self._engine.explain(peer)
 
     def close(self) -> None:
+        """Idempotent. Raises `LocalProtocolError` inside a transfer's callback, which must not wait."""
+        if self._thread.loop.is_closed():
+            return
+        _may_wait()
         try:
-            self._thread.call(self._engine.close(), START_SECONDS_MAX)
+            self._call(self._engine.close(), START_SECONDS_MAX)
         finally:
             self._thread.close()
+
+    def _call(self, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
+        try:
+            _may_wait()
+        except LocalProtocolError:
+            work.close()
+            raise
+        return self._thread.call(work, timeout_s)
+
+
+def _may_wait() -> None:
+    if in_callback():
+        raise LocalProtocolError(
+            "a transfer's callback must not wait for other transfers, nor close their engine",
+            hint="hand it to a thread of yours",
+        )
 
 
 async def _make(make: Callable[[], TransferEngine]) -> TransferEngine:
@@ -112,8 +155,8 @@ async def _make(make: Callable[[], TransferEngine]) -> TransferEngine:
     return engine
 
 
-async def _begin(engine: TransferEngine, parts: Sequence[Part], timeout_s: float) -> Transfer:
-    return engine.read(parts, timeout_s=timeout_s)
+async def _begin(engine: TransferEngine, what: Wanted, timeout_s: float) -> Transfer:
+    return engine.read(what, timeout_s=timeout_s)
 
 
 async def _write(

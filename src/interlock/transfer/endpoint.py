@@ -10,6 +10,7 @@ broke; it is told when the last lane broke, or when those transfers had LANE_DRA
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -26,15 +27,17 @@ from interlock.core.endpoint_events import (
     Opened,
     OpenFailed,
     Released,
+    Retire,
     Retired,
     Send,
     Superseded,
     Tick,
 )
+from interlock.core.endpoint_moves import TOOK_TOO_LONG
 from interlock.core.endpoint_state import Endpoint, Offer, Phase, Stamp
 from interlock.core.endpoint_state import Lane as LaneName
 from interlock.core.errors import ProtocolError, RemoteProtocolError
-from interlock.core.limits import LANE_DIAL_SECONDS_MAX
+from interlock.core.limits import LANE_DIAL_SECONDS_MAX, LANE_PATIENCE_SECONDS
 from interlock.host.base import Clock
 from interlock.host.bulk import BulkSocket
 from interlock.transfer.lanes.base import Lane, LaneKind, LaneUnusable, Pairing
@@ -44,6 +47,7 @@ from interlock.transfer.outcomes import TransferFailed
 from interlock.wire.transfer_messages import Said, to_wire
 
 LANE_DRAIN_SECONDS = 2.0
+OPENED = ""
 JUDGE_SECONDS_MAX = 1.0
 """How long a lane's connection waits for the messages that pair us; then its dialler comes again."""
 _log = logging.getLogger(__name__)
@@ -78,9 +82,15 @@ class EndpointDriver:
         """Why a kind of lane is not used, by kind, for `explain`."""
         self.ended = ""
         """Why the endpoint before this one was retired."""
+        self.retirements = 0
+        """How often our side retired it: no reason for who waits to give up."""
         self._late_open: Open | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._waiters: set[asyncio.Future[None]] = set()
+        self._endings: set[asyncio.Task[None]] = set()
+        """Lanes being destroyed: never cancelled, for until they are through some thread may be in a buffer."""
+        self._closed = False
+        self._waiters: set[asyncio.Future[str]] = set()
+        """Told why the attempt ended, or OPENED."""
         self._changes: set[asyncio.Future[None]] = set()
 
     # --- for the engine --------------------------------------------------------------------------------------------
@@ -95,16 +105,23 @@ class EndpointDriver:
         return bool(self.usable or self._broken)
 
     async def open(self) -> None:
-        """Until CONNECTED. Raises `TransferFailed`; the handshake has its own deadline, the caller his."""
-        if self.is_connected:
-            return
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiters.add(waiter)
-        try:
-            self.tell(Connect())
-            await waiter
-        finally:
-            self._waiters.discard(waiter)
+        """Until CONNECTED. Raises `TransferFailed`; bounded by the caller.
+
+        Each attempt has a deadline of its own, and may have been begun by somebody else long ago: who is still waiting when it ends goes on with
+        the next.
+        """
+        reason = TOOK_TOO_LONG
+        while not self.is_connected and reason == TOOK_TOO_LONG:
+            waiter: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+            self._waiters.add(waiter)
+            try:
+                self.tell(Connect())
+                reason = await waiter
+            finally:
+                self._waiters.discard(waiter)
+            if reason not in (OPENED, TOOK_TOO_LONG):
+                peer = self.state.peer
+                raise TransferFailed("unreachable", f"no connection to {peer}: {reason}", peer=peer)
 
     def tell(self, event: Event) -> None:
         """Raises `RemoteProtocolError` when it was the peer's and cannot be; nothing was changed then."""
@@ -115,6 +132,7 @@ class EndpointDriver:
         except ProtocolError as error:  # a driver's mistake must not end the others
             _log.error("%s", error)
             return
+        self.retirements += isinstance(event, Retire)
         if isinstance(event, Open) and self.state.phase is Phase.RETIRING:
             self._late_open = event
         for effect in effects:
@@ -144,16 +162,19 @@ class EndpointDriver:
             self._tell_broken()
 
     async def close(self) -> None:
+        """Returns when every lane is destroyed."""
+        self._closed = True
         self.usable = ()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for pair in list(self._lanes):
             await self._destroy(pair)
+        await asyncio.gather(*self._endings)
         for kind in self._kinds.values():
             if isinstance(kind, SocketKind):
                 kind.forget(self.state.peer)
-        self._fail_waiters("it was closed")
+        self._tell_waiters("it was closed")
 
     # --- effects ---------------------------------------------------------------------------------------------------
 
@@ -164,28 +185,23 @@ class EndpointDriver:
             case Dial(lane, parameters, mine, theirs):
                 self._spawn(self._dial(lane, parameters, mine, theirs))
             case DropLanes(mine, theirs):
-                self._spawn(self._destroy((mine, theirs)))
+                self._end(self._destroy((mine, theirs)))
             case Opened():
-                for waiter in self._waiters:
-                    if not waiter.done():
-                        waiter.set_result(None)
+                self._tell_waiters(OPENED)
             case OpenFailed(reason):
-                self._fail_waiters(reason)
+                self._tell_waiters(reason)
             case Retired(mine, _, reason):
                 self.ended = reason
                 self.usable = ()
                 self._broken, self._broken_s = {}, None
-                self._spawn(self._release(mine))
+                self._end(self._release(mine))
             case Superseded(highest):
                 self._superseded(highest)
 
-    def _fail_waiters(self, reason: str) -> None:
-        failed = TransferFailed(
-            "unreachable", f"no connection to {self.state.peer}: {reason}", peer=self.state.peer
-        )
+    def _tell_waiters(self, reason: str) -> None:
         for waiter in self._waiters:
             if not waiter.done():
-                waiter.set_exception(failed)
+                waiter.set_result(reason)
 
     def _tell_change(self) -> None:
         for waiter in self._changes:
@@ -199,7 +215,7 @@ class EndpointDriver:
             return
         lanes = self._lanes.get((state.stamp, state.theirs), {})
         for name in [name for name in lanes if name not in state.chosen]:
-            self._spawn(_destroy_lane(lanes.pop(name)))
+            self._end(lanes.pop(name).destroy())
         for name, lane in lanes.items():
             kinds = [chosen for chosen in state.chosen if chosen.kind == name.kind]
             lane.list_it(is_only=len(kinds) == 1)
@@ -217,28 +233,32 @@ class EndpointDriver:
     def _is_current(self, mine: Stamp, theirs: Stamp) -> bool:
         return self.state.stamp == mine and self.state.theirs == theirs
 
-    async def _dial(self, name: LaneName, parameters: bytes, mine: Stamp, theirs: Stamp) -> None:
+    def _breaking(self, name: LaneName, mine: Stamp, theirs: Stamp) -> Callable[[str], None]:
+        """What that lane calls, on any thread, when it broke."""
         loop = asyncio.get_running_loop()
 
         def broken(reason: str) -> None:
-            loop.call_soon_threadsafe(self._lane_broke, name, mine, theirs, reason)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(self._lane_broke, name, mine, theirs, reason)
 
+        return broken
+
+    async def _dial(self, name: LaneName, parameters: bytes, mine: Stamp, theirs: Stamp) -> None:
+        pairing, broken = self._pairing(mine, theirs), self._breaking(name, mine, theirs)
         try:
             async with asyncio.timeout(LANE_DIAL_SECONDS_MAX):
-                lane = await self._kinds[name.kind].dial(
-                    name, parameters, self._pairing(mine, theirs), broken
-                )
+                lane = await self._kinds[name.kind].dial(name, parameters, pairing, broken)
         except (TimeoutError, EOFError, OSError, LaneUnusable, RemoteProtocolError) as error:
             why = str(error) or f"{self.state.peer} did not answer within {LANE_DIAL_SECONDS_MAX} s"
             self.refused[name.kind] = why
             self.tell(LaneFailed(name, mine, theirs, why))
             return
-        if not self._is_current(mine, theirs):
-            await lane.destroy()
+        if self._closed or not self._is_current(mine, theirs):
+            self._end(lane.destroy())
             return
         self.refused.pop(name.kind, None)
         self._lanes.setdefault((mine, theirs), {})[name] = lane
-        self.tell(LaneReady(name, mine, theirs))
+        self._tell_ready(name, mine, theirs)
 
     async def judge(self, hello: LaneHello) -> LaneWelcome:
         """May this connection of a lane come in? Waits a little for the messages that would pair us with its dialler."""
@@ -268,7 +288,7 @@ class EndpointDriver:
     def arrived(self, hello: LaneHello, sock: BulkSocket) -> None:
         """A connection of a lane that the peer dialled."""
         mine, theirs, name = hello.theirs, hello.mine, hello.lane
-        if not self._is_current(mine, theirs):
+        if self._closed or not self._is_current(mine, theirs):
             sock.close()
             return
         lanes = self._lanes.setdefault((mine, theirs), {})
@@ -276,16 +296,26 @@ class EndpointDriver:
         if lane is None:
             kind = self._kinds[name.kind]
             assert isinstance(kind, SocketKind)
-            loop = asyncio.get_running_loop()
-
-            def broken(reason: str) -> None:
-                loop.call_soon_threadsafe(self._lane_broke, name, mine, theirs, reason)
-
+            broken = self._breaking(name, mine, theirs)
             lane = lanes[name] = kind.make_lane(name, self._pairing(mine, theirs), broken, None)
         assert isinstance(lane, SocketLane)
         self._list()  # before it begins: on a slow network both sides listed it already, and the first request is here
         lane.add(sock, we_read=hello.role == LISTENER_READS)
+        self._tell_ready(name, mine, theirs)
+
+    def _tell_ready(self, name: LaneName, mine: Stamp, theirs: Stamp) -> None:
+        """Whoever chooses waits a little for the other lanes, and no longer: what cannot be dialled (a firewall) may never be heard of."""
+        before = self.state.ready
         self.tell(LaneReady(name, mine, theirs))
+        if not before and self.state.ready and not self.state.chosen:
+            self._spawn(self._choose_soon(mine, theirs))
+
+    async def _choose_soon(self, mine: Stamp, theirs: Stamp) -> None:
+        for wait_s in (0.0, 1.01 * LANE_PATIENCE_SECONDS):
+            await self._clock.sleep_s(wait_s)
+            if not self._is_current(mine, theirs) or self.state.chosen:
+                return
+            self.tell(Tick(self._clock.monotonic_s()))
 
     def _lane_broke(self, name: LaneName, mine: Stamp, theirs: Stamp, reason: str) -> None:
         if not self._is_current(mine, theirs):
@@ -311,11 +341,13 @@ class EndpointDriver:
     async def _destroy(self, pair: Pair) -> None:
         lanes = self._lanes.pop(pair, {})
         self._admitted = {key for key in self._admitted if key[0] != pair}
-        await asyncio.gather(*(_destroy_lane(lane) for lane in lanes.values()))
+        await asyncio.gather(*(lane.destroy() for lane in lanes.values()))
 
     async def _release(self, mine: Stamp) -> None:
         """Destroys every lane of the retired endpoint, then says so."""
         await asyncio.gather(*(self._destroy(pair) for pair in list(self._lanes) if pair[0] <= mine))
+        if self._closed:
+            return
         self.tell(Released())
         late, self._late_open = self._late_open, None
         if late is not None:  # any message may be late; this one is now, and its sender need not repeat it
@@ -326,6 +358,7 @@ class EndpointDriver:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-
-async def _destroy_lane(lane: Lane) -> None:
-    await lane.destroy()
+    def _end(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work, name=f"lanes to {self.state.peer} end")
+        self._endings.add(task)
+        task.add_done_callback(self._endings.discard)

@@ -33,6 +33,7 @@ from interlock.host.base import Host, Listener
 from interlock.host.bulk import BulkSocket
 from interlock.host.bulk_pool import borrow_pool, return_pool
 from interlock.host.bulk_tls import TlsFiles
+from interlock.host.threads import monotonic_s
 from interlock.membership.directory import Directory, StaticDirectory
 from interlock.transfer.explaining import explain_peer
 from interlock.transfer.hearing import Hearing
@@ -41,11 +42,12 @@ from interlock.transfer.lanes.greeting import LaneHello, LaneWelcome
 from interlock.transfer.lanes.kinds import LaneOptions, control_tls, make_kinds
 from interlock.transfer.meeting import Meeting
 from interlock.transfer.notices import Notice, Notices
-from interlock.transfer.outcomes import Transfer, TransferFailed
+from interlock.transfer.outcomes import Outcome, Transfer, TransferFailed, check_timeout
 from interlock.transfer.peer import PeerStore
-from interlock.transfer.pieces import Part
+from interlock.transfer.pieces import Part, make_plan
+from interlock.transfer.prepared import PreparedRead
 from interlock.transfer.pulling import Pulls, Write, Writes
-from interlock.transfer.reading import Readings
+from interlock.transfer.reading import Readings, Wanted
 from interlock.transfer.segments import RemoteSegment, Segment, SegmentTable
 from interlock.transfer.ticks import Ticks
 from interlock.wire.channel import Channel, serve_channels
@@ -61,7 +63,7 @@ from interlock.wire.transfer_messages import (
 
 _log = logging.getLogger(__name__)
 
-__all__ = ["LaneOptions", "Notice", "Part", "TlsFiles", "TransferEngine", "TransferFailed"]
+__all__ = ["LaneOptions", "Notice", "Part", "PreparedRead", "TlsFiles", "TransferEngine", "TransferFailed"]
 
 
 class TransferEngine:
@@ -112,7 +114,6 @@ class TransferEngine:
             self._peers,
             self._hearing.serve,
             self._ticks.begin,
-            self._spawn,
             self._dials,
         )
 
@@ -146,13 +147,16 @@ class TransferEngine:
         self._spawn(self._ticks.run())
 
     async def close(self) -> None:
-        """Ends transfers ("closed"), destroys lanes, closes channels. Returns when nothing of ours touches any buffer."""
+        """Ends transfers ("closed"), takes all segments back, destroys lanes, closes channels.
+
+        Returns when nothing of ours touches any buffer, and no peer is given anything of them.
+        """
         if not self._running:
             return
         self._running = False
+        self.segments.revoke_all()
         if self._readings is not None:
             await self._readings.close()
-        await self._writes.close()
         await self._pulls.close()
         for task in list(self._tasks):
             task.cancel()
@@ -161,6 +165,8 @@ class TransferEngine:
             await kind.close()
         for peer in self._peers:
             await peer.driver.close()
+        await self._meeting.close()
+        await self._writes.close()
         if self._listener is not None:
             await self._listener.close()
         for peer in self._peers:
@@ -174,10 +180,12 @@ class TransferEngine:
 
     @property
     def name(self) -> str:
+        """Ours, as peers know us."""
         return self._me.name
 
     @property
     def loop_bound(self) -> Readings:
+        """The reads under way. Raises `LocalProtocolError` before `start`."""
         if self._readings is None or not self._running:
             raise LocalProtocolError("this engine is not running", hint="start it, and do not close it")
         return self._readings
@@ -229,9 +237,10 @@ class TransferEngine:
 
         Reading opens by itself. Many who open at once share one handshake.
         """
-        there = await self._meeting.known(peer)
+        begun_s = self._host.clock.monotonic_s()
+        there = await self._meeting.known(peer, timeout_s)
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(timeout_s - (self._host.clock.monotonic_s() - begun_s)):
                 await there.driver.open()
         except TimeoutError:
             why = there.link.trouble or there.driver.ended or "no answer"
@@ -252,6 +261,7 @@ class TransferEngine:
             there.driver.tell(Retire(reason))
 
     def is_connected(self, peer: str) -> bool:
+        """Is there a usable endpoint to that peer now? Opens nothing."""
         there = self._peers.look(peer)
         return there is not None and there.driver.is_connected
 
@@ -264,25 +274,45 @@ class TransferEngine:
 
     # --- bytes -----------------------------------------------------------------------------------------------------
 
-    def read(self, parts: Sequence[Part], *, timeout_s: float = TRANSFER_SECONDS_DEFAULT) -> Transfer:
-        """Begins to read pieces of one peer's segments into local memory; see `Transfer` for its two ends.
+    def prepare(self, parts: Sequence[Part]) -> PreparedRead:
+        """For reads that are done often: what `read` would find out about the pieces each time is found out once.
+
+        Nothing is promised for it: the owner may unregister, restart or be away, and each read says so. Raises `LocalProtocolError`.
+        """
+        return PreparedRead(make_plan(parts))
+
+    def read(self, what: Wanted, *, timeout_s: float = TRANSFER_SECONDS_DEFAULT) -> Transfer:
+        """Begins to read pieces of one peer's segments (parts, or what `prepare` made of them) into local memory; see `Transfer` for
+        its two ends.
 
         Raises `LocalProtocolError` for pieces that cannot be; what befalls the transfer stands in its outcome.
         """
-        if not parts:
-            raise LocalProtocolError("a transfer of nothing is no transfer", hint="give at least one part")
-        peer = self._meeting.get(parts[0].segment.owner)
-        transfer = self.loop_bound.begin(peer, parts, timeout_s)
+        peer = self._meeting.get(_owner(what))
+        transfer = self.loop_bound.begin(peer, what, timeout_s)
         if not transfer.released:
             self.loop_bound.watch(peer, transfer)
         return transfer
 
-    def read_here(self, parts: Sequence[Part], timeout_s: float) -> Transfer | None:
+    def read_here(self, what: Wanted, timeout_s: float) -> Transfer | None:
         """From another thread than the loop's, which may do the work itself; None: the peer is not known here yet."""
-        peer = self._peers.look(parts[0].segment.owner) if parts else None
+        peer = self._peers.look(_owner(what))
         if peer is None or not peer.driver.usable:
             return None
-        return self.loop_bound.begin(peer, parts, timeout_s, here=True)
+        return self.loop_bound.begin(peer, what, timeout_s, here=True)
+
+    def read_now(self, prepared: PreparedRead, timeout_s: float) -> Outcome | None:
+        """As `read_here`, all of it at once, which is its release, too; None: the best lane is none that can, or not now."""
+        check_timeout(timeout_s)
+        peer = self._peers.look(prepared.plan.owner)
+        usable = peer.driver.usable if peer is not None else ()
+        if peer is None or not usable:
+            return None
+        peer.visited = True
+        peer.begin_use()
+        try:
+            return usable[0].read_now(prepared, monotonic_s() + timeout_s)
+        finally:
+            peer.end_use()
 
     def write(
         self,
@@ -296,18 +326,15 @@ class TransferEngine:
 
         The source must not change before the release. Raises `LocalProtocolError`.
         """
-        peer = self._meeting.get(target.owner)
-
-        def life() -> int:
-            theirs = peer.driver.state.theirs
-            return theirs.incarnation if theirs is not None else 0
-
-        return self._writes.begin(target, source, pieces, timeout_s, peer.link.post, life)
+        if not self.segments.has(source):
+            raise LocalProtocolError(f"{source} is not registered with this engine", hint="register it first")
+        return self._writes.begin(target, source, pieces, timeout_s, self._meeting.get(target.owner))
 
     async def notify(self, peer: str, payload: bytes, *, timeout_s: float = TRANSFER_SECONDS_DEFAULT) -> None:
         """Returns when the peer acknowledged it; there it is delivered once. Raises `TransferFailed`."""
-        there = await self._meeting.known(peer)
-        await self._notices.send(peer, payload, timeout_s, there.link.post)
+        there = await self._meeting.known(peer, timeout_s)
+        with there.used():
+            await self._notices.send(peer, payload, timeout_s, there.link.post)
 
     async def notices(self) -> AsyncIterator[Notice]:
         """What peers notify us of, in the order in which it came."""
@@ -336,6 +363,7 @@ class TransferEngine:
     # --- what there is ---------------------------------------------------------------------------------------------
 
     def peers(self) -> list[str]:
+        """Those there is an endpoint for, by name."""
         return sorted(peer.name for peer in self._peers)
 
     def explain(self, peer: str) -> list[str]:
@@ -384,3 +412,11 @@ class TransferEngine:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _owner(what: Wanted) -> str:
+    if isinstance(what, PreparedRead):
+        return what.plan.owner
+    if not what:
+        raise LocalProtocolError("a transfer of nothing is no transfer", hint="give at least one part")
+    return what[0].segment.owner

@@ -14,7 +14,11 @@ from collections import deque
 
 from interlock.core.limits import HANDSHAKES_AT_ONCE_MAX
 
-PLACE_SECONDS_MAX = 0.5
+PLACE_SECONDS = 0.5
+PLACE_SECONDS_MAX = 8.0
+LATE_SECONDS = 0.05
+LATE_TIMES = 8
+"""Steps of a handshake that each wait for the loop once."""
 
 
 class Gate:
@@ -42,8 +46,22 @@ class Gate:
                     self._waiting.remove(turn)
                 raise
         self.leave(name, lets_in=False)
+        self._hold(name, PLACE_SECONDS, PLACE_SECONDS_MAX)
+
+    def _hold(self, name: str, seconds: float, left_s: float) -> None:
         loop = asyncio.get_running_loop()
-        self._inside[name] = loop.call_later(PLACE_SECONDS_MAX, self.leave, name)
+        self._inside[name] = loop.call_later(
+            seconds, self._lapse, name, loop.time() + seconds, left_s - seconds
+        )
+
+    def _lapse(self, name: str, due_s: float, left_s: float) -> None:
+        """Was it the peer that dawdled, or we? Who is looked at late by a loop that is slow itself keeps its place as many times longer."""
+        late_s = asyncio.get_running_loop().time() - due_s
+        if late_s > LATE_SECONDS and left_s > 0:
+            self._inside.pop(name)
+            self._hold(name, min(left_s, LATE_TIMES * late_s), left_s - late_s)
+        else:
+            self.leave(name)
 
     def leave(self, name: str, *, lets_in: bool = True) -> None:
         """Idempotent."""

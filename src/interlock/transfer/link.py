@@ -32,6 +32,8 @@ from interlock.wire.transfer_messages import TransferWord
 
 WAITING_MAX = 16
 CHANNELS_PER_REQUEST_MAX = 3
+CONTROL_DIAL_SECONDS_MAX = 8.0
+"""More than the other side gives a newcomer for its Hello: who hangs up on a peer that is merely busy makes it do all of it again."""
 _log = logging.getLogger(__name__)
 
 
@@ -60,6 +62,7 @@ class PeerLink:
         self._not_before_s = 0.0
         self._address = ""
         self._arrived = asyncio.Event()
+        self._closed = False
         self.trouble = ""
         """Why the last dial failed."""
 
@@ -148,7 +151,7 @@ class PeerLink:
 
     def dial(self) -> None:
         """One dial at a time, and not before the last failure's pause is over."""
-        if self._dialling is None or self._dialling.done():
+        if not self._closed and (self._dialling is None or self._dialling.done()):
             self._dialling = self._spawn(self._dial())
 
     async def _dial(self) -> None:
@@ -170,7 +173,7 @@ class PeerLink:
                 me=self._me,
                 role="transfer",
                 accept=TransferWord,
-                deadline_s=HELLO_SECONDS_MAX,
+                deadline_s=CONTROL_DIAL_SECONDS_MAX,
                 token=self._token,
                 secure=self._secure if address.startswith("tcp:") else None,
             )
@@ -239,6 +242,7 @@ class PeerLink:
         self._not_before_s = 0.0
 
     async def close(self) -> None:
+        self._closed = True  # whoever still holds it, a write that is asked for again, brings it not back
         for channel, _ in list(self._channels):
             await channel.close()
         for task in list(self._tasks):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -24,8 +25,7 @@ _log = logging.getLogger(__name__)
 
 
 class Meeting:
-    """`serve`: hears a channel of that peer to its end; `begin`: a new endpoint's clock; `spawn`: a task that ends with the engine; `secure`: TLS
-    for what is dialled over TCP."""
+    """`serve`: hears a channel of that peer to its end; `begin`: a new endpoint's clock; `secure`: TLS for what is dialled over TCP."""
 
     def __init__(
         self,
@@ -37,15 +37,15 @@ class Meeting:
         peers: PeerStore,
         serve: Callable[[Channel, str], Awaitable[None]],
         begin: Callable[[Peer], None],
-        spawn: Callable[[Coroutine[Any, Any, None]], None],
         secure: Secure | None = None,
     ) -> None:
         self._host, self._me, self._directory, self._token = host, me, directory, token
         self._kinds, self._peers = kinds, peers
-        self._serve, self._begin, self._spawn = serve, begin, spawn
+        self._serve, self._begin = serve, begin
         self._secure = secure
         self._attempts = 0
         self._over: StaleError | None = None
+        self._evictions: set[asyncio.Task[None]] = set()
 
     def get(self, name: str) -> Peer:
         """What there is of that peer, made if there is nothing. Raises `LocalProtocolError` when there is no room."""
@@ -86,29 +86,40 @@ class Meeting:
         peer = Peer(name, link, driver)
         victim = self._peers.add(peer)
         if victim is not None:
-            self._spawn(self._evict(victim))
+            eviction = asyncio.create_task(self._evict(victim))
+            self._evictions.add(eviction)
+            eviction.add_done_callback(self._evictions.discard)
         self._begin(peer)
         return peer
 
-    async def known(self, name: str) -> Peer:
+    async def known(self, name: str, timeout_s: float) -> Peer:
         """A peer that can be dialled, or came by itself. Raises `TransferFailed` with the directory's words."""
         there = self._peers.get(name)
         if there is None or not there.link.is_up:
             try:
-                await self._directory.address_of(name)
+                async with asyncio.timeout(timeout_s):
+                    await self._directory.address_of(name)
             except (InterlockError, OSError, TimeoutError) as error:
-                raise TransferFailed("unreachable", str(error), peer=name) from error
+                why = str(error) or f"the directory did not say within {timeout_s} s where {name} is"
+                raise TransferFailed("unreachable", why, peer=name, retryable=True) from error
         return self.get(name)
 
     async def _evict(self, peer: Peer) -> None:
         peer.driver.tell(Retire("another endpoint needed its place"))
         await peer.close()
 
+    async def close(self) -> None:
+        """Returns when nothing is left of peers that were evicted."""
+        await asyncio.gather(*self._evictions, return_exceptions=True)
+
     async def ask(self, peer: str, body: msgspec.Struct, timeout_s: float) -> tuple[Any, int]:
         """(the answer, the life of who gave it)."""
-        there = await self.known(peer)
+        begun_s = self._host.clock.monotonic_s()
+        there = await self.known(peer, timeout_s)
+        left_s = timeout_s - (self._host.clock.monotonic_s() - begun_s)
         try:
-            return await there.link.request(body, timeout_s)
+            with there.used():
+                return await there.link.request(body, max(0.0, left_s))
         except (TimeoutError, ConnectionError) as error:
             raise TransferFailed("unreachable", str(error), peer=peer, retryable=True) from error
         except ChannelFault as fault:

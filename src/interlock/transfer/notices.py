@@ -22,6 +22,8 @@ REPEAT_SECONDS = 0.5
 
 
 class Notice(msgspec.Struct, frozen=True):
+    """What a peer notified us of; `incarnation` is the life in which it did."""
+
     sender: str
     incarnation: int
     payload: bytes
@@ -49,6 +51,8 @@ class _Heard:
 
 
 class Notices:
+    """Both ends of notifications: sent until acknowledged, delivered once."""
+
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}
         self._pending: dict[tuple[str, int], asyncio.Future[None]] = {}
@@ -87,6 +91,7 @@ class Notices:
             del self._pending[peer, number]
 
     def acknowledged(self, peer: str, number: int) -> None:
+        """The peer has it; who waits in `send` goes on."""
         answered = self._pending.get((peer, number))
         if answered is not None and not answered.done():
             answered.set_result(None)
@@ -107,4 +112,5 @@ class Notices:
         return Notified(said.number)
 
     async def next(self) -> Notice:
+        """The next one that came, in order of arrival; waits for it."""
         return await self._queue.get()

@@ -11,6 +11,7 @@ Used from any thread.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -18,8 +19,8 @@ from typing import Protocol
 
 import msgspec
 
-from interlock.core.errors import InterlockError
-from interlock.host.threads import Lock
+from interlock.core.errors import InterlockError, LocalProtocolError
+from interlock.host.threads import Local, Lock
 from interlock.transfer.pieces import Chunk, Plan
 
 
@@ -31,7 +32,23 @@ class TransferFailed(InterlockError):  # noqa: N818
         self.code = code
 
 
+def check_timeout(timeout_s: float) -> None:
+    """Every wait has a deadline. Raises `LocalProtocolError` for seconds that are no number, or without end."""
+    if not math.isfinite(timeout_s):
+        raise LocalProtocolError(f"{timeout_s} seconds are no time-out", hint="give how long it may take")
+
+
+_calling = Local()
+
+
+def in_callback() -> bool:
+    """Is this thread in a callback of `Transfer.when_released`? Whoever waited there could wait for itself."""
+    return bool(getattr(_calling, "back", False))
+
+
 class Outcome(msgspec.Struct, frozen=True):
+    """What became of a transfer. `code` is empty when it is good, else one word: deadline, unreachable, revoked, stale, bounds, refused, cancelled, closed."""
+
     ok: bool
     size_bytes: int
     """That arrived; all of them if `ok`. Which ones is not said: a transfer that failed is read again."""
@@ -99,6 +116,7 @@ class Transfer:
 
     @property
     def released(self) -> bool:
+        """The buffers are their user's again."""
         return self._released.done()
 
     def cancel(self) -> None:
@@ -106,7 +124,7 @@ class Transfer:
         self.fail("cancelled", "it was cancelled")
 
     def when_released(self, call: Callable[[], None]) -> None:
-        """On whatever thread releases it; at once if it is."""
+        """On whatever thread releases it; at once if it is. `call` must not wait: that thread may be one that others wait for."""
         self._released.add_done_callback(lambda _: call())
 
     # --- for those that carry it -----------------------------------------------------------------------------------
@@ -117,6 +135,7 @@ class Transfer:
 
     @property
     def has_pending(self) -> bool:
+        """A chunk waits for a carrier."""
         return bool(self._pending)
 
     def join(self, carrier: Carrier) -> bool:
@@ -204,4 +223,8 @@ class Transfer:
             if self._is_released:
                 return
             self._is_released = True
-        self._released.set_result(None)
+        before, _calling.back = in_callback(), True
+        try:
+            self._released.set_result(None)
+        finally:
+            _calling.back = before

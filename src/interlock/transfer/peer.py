@@ -8,35 +8,62 @@ any). A forgotten peer's next endpoint has a higher attempt than all before, for
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from interlock.core.endpoint_state import Phase
 from interlock.core.errors import LocalProtocolError
+from interlock.host.threads import Lock
 from interlock.transfer.endpoint import EndpointDriver
 from interlock.transfer.link import PeerLink
 
 
 class Peer:
+    """What there is of one peer: its link, its endpoint, and who uses it."""
+
     def __init__(self, name: str, link: PeerLink, driver: EndpointDriver) -> None:
         self.name, self.link, self.driver = name, link, driver
         self.visited = False
-        self.transfers = 0
-        """Under way; who uses it must not lose it."""
+        self._uses = 0
+        self._lock = Lock()
         self.questions = 0
         """Of that peer, being answered."""
         self.next_tick_s = 0.0
         self.repeats = 0
         """Ticks of the handshake under way."""
 
+    def begin_use(self) -> None:
+        """A transfer, a write, a notification, a question: who uses it must not lose it. From any thread."""
+        with self._lock:
+            self._uses += 1
+
+    def end_use(self) -> None:
+        """From any thread, once for each `begin_use`."""
+        with self._lock:
+            self._uses -= 1
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Both of them, around a use."""
+        self.begin_use()
+        try:
+            yield
+        finally:
+            self.end_use()
+
     @property
     def is_spare(self) -> bool:
-        return not self.transfers and self.driver.state.phase in (Phase.IDLE, Phase.CONNECTED)
+        """May it be forgotten for another's sake?"""
+        return not self._uses and self.driver.state.phase in (Phase.IDLE, Phase.CONNECTED)
 
     async def close(self) -> None:
+        """Returns when its lanes are destroyed and its channels closed."""
         await self.driver.close()
         await self.link.close()
 
 
 class PeerStore:
+    """At most so many peers; who was not visited lately goes first (SIEVE)."""
+
     def __init__(self, most: int) -> None:
         self._most = most
         self._peers: dict[str, Peer] = {}
@@ -49,6 +76,7 @@ class PeerStore:
         return iter(list(self._peers.values()))
 
     def get(self, name: str) -> Peer | None:
+        """That peer, which counts as a visit."""
         peer = self._peers.get(name)
         if peer is not None:
             peer.visited = True

@@ -122,6 +122,7 @@ def make_plan(parts: Sequence[Part]) -> Plan:
 
 
 def as_rows(part: Part) -> npt.NDArray[np.int64]:
+    """A part's pieces as int64 of shape (n, 3). Raises `LocalProtocolError`."""
     if part.pieces is None:
         return np.array([[0, 0, part.segment.size_bytes]], np.int64)
     try:

@@ -8,16 +8,19 @@ the writer's memory is released when the owner says so, or when another life of 
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from interlock.core.errors import LocalProtocolError
+from interlock.core.errors import InterlockError, LocalProtocolError
 from interlock.core.limits import PIECES_PER_TRANSFER_MAX, TRANSFERS_UNDER_WAY_MAX
 from interlock.host.threads import monotonic_s
-from interlock.transfer.outcomes import Outcome, Transfer, TransferFailed
+from interlock.transfer.outcomes import Outcome, Transfer, check_timeout
+from interlock.transfer.peer import Peer
 from interlock.transfer.pieces import Part, as_rows, check_rows
 from interlock.transfer.segments import PieceRefused, RemoteSegment, Segment, SegmentTable
 from interlock.wire.identity import Identity
@@ -27,6 +30,11 @@ REPEAT_SECONDS = 0.5
 REMEMBERED_MAX = 1024
 ROW = 5
 ANY_SIZE = 1 << 62
+PAIRS_MAX = 64
+"""Pairs of segments that one write may name; ours names one."""
+PULL_SECONDS_MAX = 3600.0
+"""A peer's word is no reason to hold a segment for longer."""
+_log = logging.getLogger(__name__)
 
 
 class Write:
@@ -39,9 +47,11 @@ class Write:
         self._released: asyncio.Future[None] = loop.create_future()
 
     async def outcome(self) -> Outcome:
+        """By the deadline. Never raises for what befell the write: see `Outcome.check`."""
         return await asyncio.shield(self._outcome)
 
     async def release(self) -> None:
+        """From then on the source may change."""
         await asyncio.shield(self._released)
 
     def cancel(self) -> None:
@@ -49,15 +59,18 @@ class Write:
         self.decide(Outcome(False, 0, "cancelled", "it was cancelled", self.peer))
 
     def decide(self, outcome: Outcome) -> None:
+        """The outcome, if none was decided."""
         if not self._outcome.done():
             self._outcome.set_result(outcome)
 
     def let_go(self) -> None:
+        """The source may change; idempotent."""
         if not self._released.done():
             self._released.set_result(None)
 
     @property
     def released(self) -> bool:
+        """The owner reads the source no more."""
         return self._released.done()
 
 
@@ -75,10 +88,10 @@ class Writes:
         source: Segment,
         pieces: Any,
         timeout_s: float,
-        post: Callable[[Pull], None],
-        life: Callable[[], int],
+        peer: Peer,
     ) -> Write:
         """`pieces`: rows of (remote offset, local offset, bytes). Raises `LocalProtocolError`."""
+        check_timeout(timeout_s)
         if not target.takes_writes:
             raise LocalProtocolError(f"segment {target.number} of {target.owner} takes no writes")
         if pieces is None:
@@ -94,39 +107,36 @@ class Writes:
         pull = Pull(self._number, target.incarnation, timeout_s, packed.tobytes())
         write = Write(target.owner)
         self._asked[target.owner, pull.number] = (write, target.incarnation)
-        task = asyncio.create_task(self._ask(write, pull, timeout_s, post, life))
+        task = asyncio.create_task(self._ask(write, pull, timeout_s, peer))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return write
 
-    async def _ask(
-        self,
-        write: Write,
-        pull: Pull,
-        timeout_s: float,
-        post: Callable[[Pull], None],
-        life: Callable[[], int],
-    ) -> None:
+    async def _ask(self, write: Write, pull: Pull, timeout_s: float, peer: Peer) -> None:
         deadline_s = monotonic_s() + timeout_s
         try:
-            while not write.released:
-                left_s = deadline_s - monotonic_s()
-                if left_s <= 0:
-                    write.decide(
-                        Outcome(False, 0, "deadline", f"{write.peer} did not pull in time", write.peer)
-                    )
-                if life() > pull.incarnation:
-                    why = f"{write.peer} is in another life now"
-                    write.decide(Outcome(False, 0, "stale", why, write.peer))
-                    write.let_go()
-                    return
-                post(Pull(pull.number, pull.incarnation, max(0.0, left_s), pull.rows))
-                pause_s = min(REPEAT_SECONDS, left_s) if left_s > 0 else REPEAT_SECONDS
-                await asyncio.wait((write._released,), timeout=pause_s)
+            with peer.used():
+                await self._ask_until_released(write, pull, deadline_s, peer)
         finally:
             self._asked.pop((write.peer, pull.number), None)
 
+    async def _ask_until_released(self, write: Write, pull: Pull, deadline_s: float, peer: Peer) -> None:
+        while not write.released:
+            left_s = deadline_s - monotonic_s()
+            if left_s <= 0:
+                write.decide(Outcome(False, 0, "deadline", f"{write.peer} did not pull in time", write.peer))
+            theirs = peer.driver.state.theirs
+            if theirs is not None and theirs.incarnation > pull.incarnation:
+                why = f"{write.peer} is in another life now"
+                write.decide(Outcome(False, 0, "stale", why, write.peer))
+                write.let_go()
+                return
+            peer.link.post(Pull(pull.number, pull.incarnation, max(0.0, left_s), pull.rows))
+            pause_s = min(REPEAT_SECONDS, left_s) if left_s > 0 else REPEAT_SECONDS
+            await asyncio.wait((write._released,), timeout=pause_s)
+
     def answered(self, sender: Identity, said: Pulled) -> None:
+        """The owner's word about one of our writes; of another life it is not heard."""
         write, incarnation = self._asked.get((sender.name, said.number), (None, 0))
         if write is None or incarnation != sender.incarnation:
             return
@@ -134,8 +144,10 @@ class Writes:
         write.let_go()
 
     async def close(self) -> None:
+        """When the segments are revoked and the lanes gone: then no owner can read them, or take what it read for good."""
         for write, _ in self._asked.values():
             write.decide(Outcome(False, 0, "closed", "this engine was closed", write.peer))
+            write.let_go()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -147,21 +159,37 @@ class Pulls:
     def __init__(self, segments: SegmentTable, read: Callable[[str, list[Part], float], Transfer]) -> None:
         self._segments, self._read = segments, read
         self._done: OrderedDict[tuple[str, int, int], Pulled | None] = OrderedDict()
+        self._forgotten: dict[str, tuple[int, int]] = {}
+        """For each writer (life, the highest number whose answer was forgotten): what is below it was done, and must not be again,
+        for its writer may have been told so and uses the memory for something else."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     def asked(self, sender: Identity, said: Pull, answer: Callable[[Pulled], None]) -> None:
+        """A peer asks us to pull. Asked again, it is answered again and not done again."""
         key = (sender.name, sender.incarnation, said.number)
         if key in self._done:
             done = self._done[key]
             if done is not None:
                 answer(done)
             return
+        if (sender.incarnation, said.number) <= self._forgotten.get(sender.name, (0, 0)):
+            answer(Pulled(said.number, False, 0, "stale", "this write came after too many later ones"))
+            return
+        if len(self._tasks) >= TRANSFERS_UNDER_WAY_MAX:
+            return  # it will be asked for again
         self._done[key] = None
-        while len(self._done) > REMEMBERED_MAX:
-            self._done.popitem(last=False)
+        self._forget()
         task = asyncio.create_task(self._pull(key, said, answer))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _forget(self) -> None:
+        """The oldest answers; never of a pull that is under way."""
+        for key in list(self._done)[: max(0, len(self._done) - REMEMBERED_MAX)]:
+            if self._done[key] is not None:
+                del self._done[key]
+                name, incarnation, number = key
+                self._forgotten[name] = max(self._forgotten.get(name, (0, 0)), (incarnation, number))
 
     async def _pull(self, key: tuple[str, int, int], said: Pull, answer: Callable[[Pulled], None]) -> None:
         try:
@@ -169,29 +197,17 @@ class Pulls:
             pulled = Pulled(said.number, outcome.ok, outcome.size_bytes, outcome.code, outcome.message[:1024])
         except PieceRefused as refused:
             pulled = Pulled(said.number, False, 0, refused.code, refused.message)
-        except (LocalProtocolError, TransferFailed) as error:
-            pulled = Pulled(said.number, False, 0, "refused", str(error))
+        except InterlockError as error:
+            pulled = Pulled(said.number, False, 0, "refused", str(error)[:1024])
+        except Exception:  # its writer keeps its memory until it is answered
+            _log.exception("a write of %s could not be pulled", key[0])
+            pulled = Pulled(said.number, False, 0, "refused", "the pull failed; see the log there")
         self._done[key] = pulled
         answer(pulled)
 
     async def _carry_out(self, sender: str, incarnation: int, said: Pull) -> Outcome:
-        if not said.rows or len(said.rows) % (8 * ROW):
-            raise PieceRefused("refused", "the rows of this write are none")
-        rows = np.frombuffer(said.rows, "<i8").reshape(-1, ROW)
-        parts, used = [], []
-        for number in np.unique(rows[:, 2]):
-            segment = self._segments.get(int(number))
-            if said.incarnation != self._segments.incarnation or segment is None:
-                raise PieceRefused("stale", f"segment {number} is not of this life, or is not registered")
-            if not segment.remote.takes_writes:
-                raise PieceRefused("refused", f"segment {number} takes no writes")
-            mine = rows[rows[:, 2] == number]
-            for theirs in np.unique(mine[:, 0]):
-                those = mine[mine[:, 0] == theirs]
-                source = RemoteSegment(sender, incarnation, int(theirs), ANY_SIZE)
-                parts.append(Part(source, segment.memory, those[:, [1, 3, 4]]))
-            used.append(segment)
-        transfer = self._read(sender, parts, said.seconds)
+        parts, used = self._parts(sender, incarnation, said)
+        transfer = self._read(sender, parts, min(said.seconds, PULL_SECONDS_MAX))
         holder = _Holder(transfer)
         if not self._segments.hold(used, holder):
             transfer.cancel()
@@ -203,7 +219,33 @@ class Pulls:
             await asyncio.shield(transfer.release())
             self._segments.let_go(used, holder)
 
+    def _parts(self, sender: str, incarnation: int, said: Pull) -> tuple[list[Part], list[Segment]]:
+        """What is to be read into which of our segments. Raises `PieceRefused`."""
+        if not 0 <= said.seconds < math.inf:
+            raise PieceRefused(
+                "deadline", f"the deadline of this write, {said.seconds} s, is over or is none"
+            )
+        if not said.rows or len(said.rows) % (8 * ROW):
+            raise PieceRefused("refused", "the rows of this write are none")
+        rows = np.frombuffer(said.rows, "<i8").reshape(-1, ROW)
+        pairs = np.unique(rows[:, (2, 0)], axis=0)
+        if len(pairs) > PAIRS_MAX or int(pairs.min()) < 1:
+            raise PieceRefused(
+                "refused", f"one write may name {PAIRS_MAX} pairs of segments, from number 1 on"
+            )
+        parts, used = [], []
+        for mine, theirs in pairs.tolist():
+            segment = self._segments.named(mine, said.incarnation)
+            if not segment.remote.takes_writes:
+                raise PieceRefused("refused", f"{segment} takes no writes")
+            those = rows[(rows[:, 2] == mine) & (rows[:, 0] == theirs)]
+            source = RemoteSegment(sender, incarnation, theirs, ANY_SIZE)
+            parts.append(Part(source, segment.memory, those[:, [1, 3, 4]]))
+            used.append(segment)
+        return parts, used
+
     async def close(self) -> None:
+        """Cancels those under way; returns when none touches a segment."""
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

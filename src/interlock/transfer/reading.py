@@ -13,12 +13,14 @@ from typing import Any
 from interlock.core.limits import TRANSFERS_UNDER_WAY_MAX
 from interlock.host.threads import monotonic_s
 from interlock.transfer.lanes.sockets import GROW_BYTES
-from interlock.transfer.outcomes import Transfer, TransferFailed
+from interlock.transfer.outcomes import Transfer, TransferFailed, check_timeout
 from interlock.transfer.peer import Peer
 from interlock.transfer.pieces import Part, Plan, make_plan
+from interlock.transfer.prepared import PreparedRead
 
 TRY_SECONDS_MIN = 0.005
 TRY_SECONDS_MAX = 0.2
+Wanted = Sequence[Part] | PreparedRead
 WAYS = 2
 """Connections at a time that a large transfer is cut for; more gain nothing on one path."""
 
@@ -31,10 +33,11 @@ class Readings:
         self._tasks: dict[Transfer, asyncio.Task[None]] = {}
         self.under_way: set[Transfer] = set()
 
-    def begin(self, peer: Peer, parts: Sequence[Part], timeout_s: float, *, here: bool = False) -> Transfer:
+    def begin(self, peer: Peer, what: Wanted, timeout_s: float, *, here: bool = False) -> Transfer:
         """From any thread; `here`: this thread may do the work itself. Raises `LocalProtocolError` for pieces that cannot be."""
-        plan = make_plan(parts)
-        transfer = self._make(peer, plan, timeout_s)
+        prepared = what if isinstance(what, PreparedRead) else PreparedRead(make_plan(what))
+        plan = prepared.plan
+        transfer = self._make(peer, prepared, timeout_s)
         peer.visited = True
         if peer.driver.state.theirs is None or self._is_theirs(peer, plan):
             for lane in peer.driver.usable:
@@ -52,6 +55,7 @@ class Readings:
         transfer.when_released(lambda: self._on_loop(timer.cancel))
 
     def expire(self, peer: Peer, transfer: Transfer) -> None:
+        """The deadline of that transfer has passed: it fails by name, unless it is over."""
         if transfer.over:
             return
         state = peer.driver.state
@@ -63,6 +67,7 @@ class Readings:
         )
 
     async def close(self) -> None:
+        """Ends all with "closed"."""
         for transfer in list(self.under_way):
             transfer.fail("closed", "this engine was closed")
         for task in list(self._tasks.values()):
@@ -71,7 +76,8 @@ class Readings:
 
     # --- inside ----------------------------------------------------------------------------------------------------
 
-    def _make(self, peer: Peer, plan: Plan, timeout_s: float) -> Transfer:
+    def _make(self, peer: Peer, prepared: PreparedRead, timeout_s: float) -> Transfer:
+        check_timeout(timeout_s)
         if len(self.under_way) >= TRANSFERS_UNDER_WAY_MAX:
             raise TransferFailed(
                 "refused",
@@ -86,15 +92,12 @@ class Readings:
 
         def released() -> None:
             self.under_way.discard(transfer)
-            peer.transfers -= 1
+            peer.end_use()
 
-        transfer = Transfer(
-            plan,
-            plan.chunks(WAYS if plan.size_bytes >= GROW_BYTES else 1),
-            monotonic_s() + timeout_s,
-            stranded,
-        )
-        peer.transfers += 1
+        plan = prepared.plan
+        chunks = prepared.chunks(WAYS if plan.size_bytes >= GROW_BYTES else 1)
+        transfer = Transfer(plan, chunks, monotonic_s() + timeout_s, stranded)
+        peer.begin_use()
         self.under_way.add(transfer)
         transfer.when_released(released)
         return transfer
@@ -123,12 +126,15 @@ class Readings:
     async def _find_way(self, transfer: Transfer, peer: Peer) -> None:
         pause_s = TRY_SECONDS_MIN
         while transfer.is_stranded():
+            retirements = peer.driver.retirements
             try:
                 await _until(transfer, peer.driver.open())
             except TimeoutError:
                 self.expire(peer, transfer)
                 return
             except TransferFailed as failed:
+                if peer.driver.retirements != retirements:
+                    continue  # somebody here retired it while we waited: we still want it
                 trouble = peer.link.trouble
                 why = str(failed) + (f" ({trouble})" if trouble and trouble not in str(failed) else "")
                 transfer.fail("unreachable", why)

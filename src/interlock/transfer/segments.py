@@ -80,7 +80,7 @@ class SegmentTable:
         self._places: dict[int, int] = {}
         self._board = board
         self.on_revoke: list[Callable[[int], None]] = []
-        """Told of each segment's number when it is revoked, before `released`."""
+        """Told of each segment's number when it is not found here any more, before `released`."""
 
     def show_on(self, board: memoryview) -> None:
         """`board`: SEGMENTS_MAX words of 8 bytes that readers on this machine can see."""
@@ -117,22 +117,52 @@ class SegmentTable:
         return segment
 
     def revoke(self, segment: Segment) -> list[Reader]:
-        """From now on no piece of it is given. Who still sends from it, is returned; `released` is set after the last."""
-        for tell in self.on_revoke:
-            tell(segment.remote.number)
+        """From now on no piece of it is given. Who still sends from it, is returned; `released` is set after the last.
+
+        Idempotent. Raises `LocalProtocolError` for a segment of another table: its number means another one here.
+        """
+        number = segment.remote.number
         with self._lock:
-            number = segment.remote.number
-            if self._segments.pop(number, None) is segment:
-                segment.revoked = True
-                del self._places[number % SEGMENTS_MAX]
-                if self._board is not None:
-                    self._board[number % SEGMENTS_MAX] = 0
-                if not segment.readers:
-                    segment.released.set_result(None)
+            if segment.revoked:
+                return list(segment.readers)
+            if not self.has(segment):
+                raise LocalProtocolError(
+                    f"{segment} was registered with another engine", hint="unregister it there"
+                )
+            segment.revoked = True
+            del self._segments[number], self._places[number % SEGMENTS_MAX]
+            if self._board is not None:
+                self._board[number % SEGMENTS_MAX] = 0
+        for tell in self.on_revoke:
+            tell(number)
+        with self._lock:
+            if not segment.readers and not segment.released.done():
+                segment.released.set_result(None)
             return list(segment.readers)
 
+    def revoke_all(self) -> None:
+        """Nothing is given any more: the engine ends, and its buffers may be used for something else."""
+        for segment in list(self._segments.values()):
+            self.revoke(segment)
+
     def get(self, number: int) -> Segment | None:
+        """The segment of that number, if it is registered."""
         return self._segments.get(number)
+
+    def has(self, segment: Segment) -> bool:
+        """Is that very segment registered here now?"""
+        return self._segments.get(segment.remote.number) is segment
+
+    def named(self, number: int, incarnation: int) -> Segment:
+        """Raises `PieceRefused` unless it is registered, in that life of ours."""
+        if incarnation != self.incarnation:
+            raise PieceRefused(
+                "stale", f"{self._owner} is in its life {self.incarnation}, asked was its life {incarnation}"
+            )
+        segment = self._segments.get(number)
+        if segment is None:
+            raise PieceRefused("revoked", f"segment {number} of {self._owner} is not registered any more")
+        return segment
 
     def find(self, label: str) -> list[RemoteSegment]:
         """Those of that label, all for an empty one."""
@@ -158,6 +188,19 @@ class SegmentTable:
             for segment in used:
                 segment.readers.add(reader)
         return pieces, used
+
+    def acquire_again(self, numbers: tuple[int, ...], reader: Reader) -> list[Segment]:
+        """As `acquire`, of segments in which it placed the same pieces before: a number means one segment for all of a life.
+
+        Empty: one of them is revoked, and none was acquired.
+        """
+        with self._lock:
+            used = [segment for number in numbers if (segment := self._segments.get(number)) is not None]
+            if len(used) < len(numbers):
+                return []
+            for segment in used:
+                segment.readers.add(reader)
+            return used
 
     def _place(
         self, requests: Requests, number: int, rows: npt.NDArray[np.bool_] | None, pieces: Iovecs

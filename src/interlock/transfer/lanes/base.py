@@ -19,7 +19,8 @@ import msgspec
 from interlock.core.endpoint_state import Lane as LaneName
 from interlock.core.endpoint_state import Stamp
 from interlock.core.errors import InterlockError
-from interlock.transfer.outcomes import Transfer
+from interlock.transfer.outcomes import Outcome, Transfer
+from interlock.transfer.prepared import PreparedRead
 
 
 class LaneUnusable(InterlockError):  # noqa: N818
@@ -52,6 +53,13 @@ class Lane(Protocol):
         """As `carry`, but the calling thread itself may do the work, and returns when it is done or has been handed on."""
         ...
 
+    def read_now(self, prepared: PreparedRead, deadline_s: float) -> Outcome | None:
+        """All of it at once, by the calling thread alone, if that is possible now: the outcome, and no buffer is touched any more.
+
+        `deadline_s`: of `monotonic_s`. None: it is not, or was not to the end; `carry` it. Possible only for the life of this pairing.
+        """
+        ...
+
     def check(self, now_s: float) -> None:
         """Once a second: is there a connection that should move bytes and does not?"""
         ...
@@ -66,6 +74,8 @@ class Lane(Protocol):
 
 
 class LaneKind(Protocol):
+    """One kind of lane for all peers of an engine: listens, dials, makes lanes."""
+
     kind: str
     rank: int
     """Lower is tried first."""

@@ -42,6 +42,7 @@ class Connection:
         self._hurried = 0
 
     def begin(self) -> None:
+        """From now on threads serve it."""
         self.sock.to_threads()
         self._pool.add(self.sock.fileno(), self._ready)
         self.look()
@@ -80,6 +81,7 @@ class Connection:
         return self._hurried == 0
 
     def judge_pace(self, moved_bytes: int) -> None:
+        """After a call that may have waited: did it pay?"""
         now_s = monotonic_s()
         if moved_bytes:
             self.moved_s = now_s
@@ -90,6 +92,7 @@ class Connection:
 
     def _take_turn(self) -> None:
         if self.closed.done():
+            self.left(self._ending)  # what was given to it while it ended, when nobody looked any more
             return
         wanted = self.advance_safely()
         if self._ending:
@@ -130,5 +133,5 @@ class Connection:
         raise NotImplementedError
 
     def left(self, reason: str) -> None:
-        """The connection is closed: give back what was in hand."""
+        """The connection is closed: give back what is in hand. May be called again, for what came meanwhile."""
         raise NotImplementedError

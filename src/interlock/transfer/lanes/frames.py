@@ -35,6 +35,7 @@ class Refused(msgspec.Struct, frozen=True, array_like=True):
 
 
 def request(kind: int, number: int, incarnation: int, rows: Requests) -> bytes:
+    """A request's bytes; `rows` of (segment, offset, bytes)."""
     return HEADER.pack(kind, len(rows), number, incarnation) + np.ascontiguousarray(rows).tobytes()
 
 
@@ -47,6 +48,7 @@ def read_request(header: bytes) -> tuple[int, int, int, int]:
 
 
 def read_rows(data: bytes | bytearray) -> Requests:
+    """Raises `PieceRefused` for more than one request may ask."""
     rows = np.frombuffer(data, "<u8").astype(np.uint64, copy=False).reshape(-1, REQUEST_COLUMNS)
     if int(rows[:, 2].max()) > REQUEST_BYTES_MAX or int(rows[:, 2].sum()) > REQUEST_BYTES_MAX:
         raise PieceRefused("bounds", f"one request may ask for {REQUEST_BYTES_MAX} bytes at most")
@@ -54,10 +56,12 @@ def read_rows(data: bytes | bytearray) -> Requests:
 
 
 def answer(number: int, total: int, detail: bytes = b"") -> bytes:
+    """An answer's head; `total` bytes of pieces follow it, or `detail`."""
     return HEADER.pack(OK, len(detail), number, total) + detail
 
 
 def refusal(number: int, refused: PieceRefused) -> bytes:
+    """A whole answer that says why not."""
     detail = msgspec.msgpack.encode(Refused(refused.code, refused.message[:1024], refused.index))
     return HEADER.pack(REFUSED, len(detail), number, 0) + detail
 
@@ -76,6 +80,7 @@ _refusals = msgspec.msgpack.Decoder(Refused)
 
 
 def read_refusal(detail: bytes) -> Refused:
+    """Raises `RemoteProtocolError`."""
     try:
         return _refusals.decode(detail)
     except (msgspec.MsgspecError, ValueError) as error:

@@ -28,6 +28,8 @@ MAC_BYTES = 32
 
 
 class LaneHello(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What a lane's connection says first: whose it is, and which pairing it belongs to."""
+
     kind: str
     sender: str
     receiver: str
@@ -53,6 +55,8 @@ class LaneHello(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
 
 
 class LaneWelcome(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Whether it may come in, and why not."""
+
     refusal: str = ""
     again: bool = False
 

@@ -11,10 +11,8 @@ What was run: UCX over its TCP and its shared memory, on CPU memory. What was wr
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Future
 from typing import Any
 
 import msgspec
@@ -27,8 +25,8 @@ from interlock.host.blocking import sleep_s
 from interlock.host.bulk import BulkSocket
 from interlock.host.threads import Lock
 from interlock.transfer.lanes.base import Pairing
+from interlock.transfer.lanes.carriers import CarriedLane
 from interlock.transfer.lanes.pulling import MapAnswer
-from interlock.transfer.lanes.sockets import SocketLane
 from interlock.transfer.lanes.tcp import TcpKind
 from interlock.transfer.memory import Memory
 from interlock.transfer.outcomes import Transfer
@@ -111,13 +109,13 @@ class NixlKind(TcpKind):
         )
 
     def _map(self, number: int, incarnation: int) -> tuple[bytes, int | None]:
-        if incarnation != self._segments.incarnation:
-            raise PieceRefused("stale", f"the owner is in its life {self._segments.incarnation}")
-        segment = self._segments.get(number)
-        if segment is None:
-            raise PieceRefused("revoked", f"segment {number} of {self._me} is not registered any more")
+        segment = self._segments.named(number, incarnation)
         kind, device = place_of(segment.memory)
         with self._lock:
+            if not self._segments.has(
+                segment
+            ):  # it went while we waited for the lock, and `_revoked` with it
+                raise PieceRefused("revoked", f"{segment} is not registered any more")
             if number not in self._registered:
                 row = (segment.memory.address, segment.memory.size_bytes, device, "")
                 self._registered[number] = self._agent.register_memory([row], kind)
@@ -142,40 +140,25 @@ class NixlKind(TcpKind):
             self._agent = None
 
 
-class NixlLane(SocketLane):
-    """Its connection carries questions only; bytes go between the agents."""
+class NixlLane(CarriedLane):
+    """Its bytes go between the agents."""
 
     def __init__(self, *arguments: Any, agent: Any, agent_lock: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.agent, self.agent_lock = agent, agent_lock
-        self._runs: set[_Run] = set()
-        self._idle: Future[None] | None = None
-        self._state = Lock()
         self.remotes: set[str] = set()
 
     def _carry(self, transfer: Transfer, *, here: bool) -> bool:  # noqa: ARG002 - never in the caller's thread
-        if not self._listed or self._destroyed or not self.pulls:
+        if not self._may_carry(transfer) or not self.pulls:
             return False
         run = _Run(self, transfer)
-        with self._state:
-            if self._idle is not None:
-                return False
-            self._runs.add(run)
-        if not transfer.join(run):
-            self.ended(run)
+        if not self._employ(transfer, run):
             return transfer.over or not transfer.has_pending
         self._pool.run(run.begin)
         return True
 
-    def ended(self, run: _Run) -> None:
-        with self._state:
-            self._runs.discard(run)
-            idle = self._idle if not self._runs else None
-        if idle is not None and not idle.done():
-            idle.set_result(None)
-
     def ask(self, number: int, incarnation: int, tell: Callable[[MapAnswer], None]) -> None:
-        pull = next((pull for pull in self.pulls if not pull.is_ending), None)
+        pull = self.asker()
         if pull is None:
             tell(MapAnswer(broken="the lane has no connection any more"))
         else:
@@ -184,15 +167,8 @@ class NixlLane(SocketLane):
     def go_on(self, step: Callable[[], None]) -> None:
         self._pool.run(step)
 
-    async def destroy(self) -> None:
-        """Returns when every request of the agent ended: until then bytes may land."""
-        self._destroyed = True
-        with self._state:
-            self._idle = Future()
-            if not self._runs:
-                self._idle.set_result(None)
-        await super().destroy()
-        await asyncio.wrap_future(self._idle)
+    def _left(self) -> None:
+        """Every request of the agent ended: until then bytes may land."""
         with self.agent_lock:
             for remote in self.remotes:
                 self.agent.remove_remote_agent(remote)
@@ -339,4 +315,4 @@ class _Run:
                 self._lane.agent.deregister_memory(registered)
         self._local.clear()
         self._transfer.leave(self, why)
-        self._lane.ended(self)
+        self._lane.leave(self)

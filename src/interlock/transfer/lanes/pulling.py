@@ -23,8 +23,10 @@ from interlock.host.foreign import Iovecs, address_of, advance
 from interlock.host.threads import monotonic_s
 from interlock.transfer.lanes import frames
 from interlock.transfer.lanes.connection import Connection
-from interlock.transfer.outcomes import Transfer
+from interlock.transfer.lanes.direct import DirectRead
+from interlock.transfer.outcomes import Outcome, Transfer
 from interlock.transfer.pieces import Chunk
+from interlock.transfer.prepared import PreparedRead
 from interlock.transfer.segments import Requests
 
 WINDOW = 1024
@@ -47,6 +49,9 @@ class _Map(msgspec.Struct):
     tell: Callable[[MapAnswer], None]
 
 
+_Read = Transfer | DirectRead
+
+
 class _State(Enum):
     IDLE = 0
     ASKING = 1
@@ -64,8 +69,8 @@ class PullConnection(Connection):
     ) -> None:
         super().__init__(sock, pool, on_end)
         self._kind = kind
-        self._jobs: deque[Transfer | _Map] = deque()
-        self._job: Transfer | _Map | None = None
+        self._jobs: deque[_Read | _Map] = deque()
+        self._job: _Read | _Map | None = None
         self._chunk: Chunk | None = None
         self._state = _State.IDLE
         self._number = 0
@@ -76,15 +81,19 @@ class PullConnection(Connection):
         self._window: Iovecs = np.empty((0, 2), np.uint64)
         self._next = 0
         self._moved = 0
+        self._is_here = False
+        """A thread that asked is in the turn, and may wait in the kernel for the answer."""
         self._waste: Iovecs | None = None
         self._waste_view = memoryview(b"")
 
     @property
     def is_idle(self) -> bool:
+        """Nothing is under way on it, nothing waits."""
         return self._state is _State.IDLE and not self._jobs and not self._ending
 
     @property
     def is_ending(self) -> bool:
+        """It takes no more work."""
         return bool(self._ending)
 
     def _is_over(self) -> bool:
@@ -110,29 +119,56 @@ class PullConnection(Connection):
         try:
             if not self.is_idle or not transfer.join(self):
                 return False
-            self._jobs.append(transfer)
-            poll, armed = select.poll(), -1
-            while True:
-                wanted = self.advance_safely()
-                if self._is_over() or (self._job is not transfer and transfer not in self._jobs):
-                    break
-                if monotonic_s() >= transfer.deadline_s:
-                    transfer.fail("deadline", "its deadline passed")
-                    continue
-                if wanted != armed:
-                    events = select.POLLIN if wanted == READABLE else select.POLLOUT
-                    poll.register(self.sock.fileno(), events)
-                    armed = wanted
-                poll.poll(int(BULK_PATIENCE_SECONDS * 1000))
-            if self._is_over():
-                self._finish()
-            else:
-                self.arm(wanted)
+            self._carry_to_end(transfer)
         finally:
             self._turn.release()
         if self._again:
             self.look()
         return True
+
+    def read_now(self, prepared: PreparedRead, deadline_s: float) -> Outcome | None:
+        """See `Lane.read_now`; None also when somebody else uses this connection, or it broke."""
+        if self.is_ending or not self._turn.acquire(blocking=False):
+            return None
+        read = DirectRead(prepared, deadline_s)
+        try:
+            if not self.is_idle or self.closed.done():
+                return None
+            self._carry_to_end(read)
+            assert read.has_left, "a connection kept a read that nobody waits for"
+        finally:
+            self._turn.release()
+        if self._again:
+            self.look()
+        return read.outcome(self._kind)
+
+    def _carry_to_end(self, read: _Read) -> None:
+        """In the turn, until the connection is through with it, or ended."""
+        poll, armed = None, -1
+        self._jobs.append(read)
+        self._is_here = True
+        try:
+            while True:
+                wanted = self.advance_safely()
+                if self._is_over() or (self._job is not read and read not in self._jobs):
+                    break
+                if monotonic_s() >= read.deadline_s:  # also while it waits behind another
+                    read.fail("deadline", "its deadline passed")
+                    continue
+                if self._state in (_State.ANSWER, _State.DETAIL):
+                    continue  # it waited for them
+                poll = poll or select.poll()
+                if wanted != armed:
+                    events = select.POLLIN if wanted == READABLE else select.POLLOUT
+                    poll.register(self.sock.fileno(), events)
+                    armed = wanted
+                poll.poll(int(BULK_PATIENCE_SECONDS * 1000))
+        finally:
+            self._is_here = False
+        if self._is_over():
+            self._finish()
+        else:
+            self.arm(wanted)
 
     def ask_map(self, segment: int, incarnation: int, tell: Callable[[MapAnswer], None]) -> None:
         """`tell` is called once, on any thread; descriptors belong to it."""
@@ -160,7 +196,8 @@ class PullConnection(Connection):
                     if len(self._asking):
                         return WRITABLE
                     self._state = _State.ANSWER
-                    return READABLE  # it takes a round trip at least
+                    if not self._is_here:
+                        return READABLE  # it takes a round trip at least
                 case _State.ANSWER | _State.DETAIL:
                     if not self._hear():
                         return READABLE
@@ -177,15 +214,21 @@ class PullConnection(Connection):
 
         Were its bytes watched too, the answer to a thread that carries by itself (`carry_here`) would wake one of the pool besides.
         """
+        if self._is_here:
+            return HANGUP
         data = self.sock.receive(1, self._fds)
         if data is not None:
             raise RemoteProtocolError(f"{self.sock.peer.address} sent bytes that nobody asked for")
         return HANGUP
 
     def _mind_the_end(self) -> None:
-        """A transfer that is over is left at once; what still comes for it is waste."""
+        """A transfer that is over is left at once; what still comes for it is waste. Who carries it here is its only clock."""
         job = self._job
-        if isinstance(job, Transfer) and job.over:
+        if not isinstance(job, _Read):
+            return
+        if self._is_here and not job.over and monotonic_s() >= job.deadline_s:
+            job.fail("deadline", "its deadline passed")
+        if job.over:
             self._job = self._chunk = None
             if self._state is _State.BODY:
                 self._state = _State.WASTE
@@ -220,7 +263,7 @@ class PullConnection(Connection):
         """The answer's header, or its detail."""
         wanted = frames.HEADER.size if self._state is _State.ANSWER else self._detail
         if len(self._heard) < wanted:
-            data = self.sock.receive(wanted - len(self._heard), self._fds)
+            data = self.sock.receive(wanted - len(self._heard), self._fds, patient=self._is_here)
             if data is None:
                 return False
             self._heard += data
@@ -278,11 +321,12 @@ class PullConnection(Connection):
         self._moved += got
         self._moved_in_turn += got
         self._left -= got
-        self._window = advance(self._window, got)
-        if not self._left:
+        if self._left:
+            self._window = advance(self._window, got)
+        else:
             job = self._job
-            assert isinstance(job, Transfer)
-            self._state, self._chunk = _State.IDLE, None
+            assert isinstance(job, _Read)
+            self._state, self._chunk, self._window = _State.IDLE, None, self._window[:0]
             job.done(self, self._kind)
         return True
 
@@ -309,7 +353,7 @@ class PullConnection(Connection):
         in_body = self._state is _State.BODY
         self._job = self._chunk = None
         for job in jobs:
-            if isinstance(job, Transfer):
+            if isinstance(job, _Read):
                 if job is jobs[0]:
                     job.give_back(self, self._moved if in_body else 0, self._kind)
                 job.leave(self, reason)

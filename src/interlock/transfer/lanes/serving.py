@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
+import msgspec
 import numpy as np
 
+from interlock.core.errors import RemoteProtocolError
 from interlock.host.bulk import BulkSocket
 from interlock.host.bulk_pool import NOTHING, READABLE, WRITABLE, BulkPool
 from interlock.host.foreign import Iovecs, address_of, advance
@@ -22,8 +24,20 @@ from interlock.transfer.segments import PieceRefused, Segment, SegmentTable
 WINDOW = 1024
 TURN_BYTES = 64 * 1024 * 1024
 """After so much another connection gets the thread."""
+HEAR_BYTES = 4096
+"""Asked of the socket at a time at least: a request of up to 169 pieces comes with its header."""
 Mapper = Callable[[int, int], tuple[bytes, int | None]]
 """(segment number, incarnation) -> what its reader must know, and a descriptor that is closed after it was sent."""
+
+
+class _Placed(msgspec.Struct, frozen=True):
+    """Where the pieces of a request lie (the answer's header before them): addresses, good while their segments are registered."""
+
+    rows: bytes
+    incarnation: int
+    numbers: tuple[int, ...]
+    pieces: Iovecs
+    size_bytes: int
 
 
 class ServeConnection(Connection):
@@ -52,7 +66,10 @@ class ServeConnection(Connection):
         self._pieces: Iovecs = np.empty((0, 2), np.uint64)
         self._window: Iovecs = self._pieces
         self._next = 0
+        self._left_bytes = 0
         self._used: list[Segment] = []
+        self._placed: _Placed | None = None
+        """Of the last request, if it was no large one: readers that prepared a read ask the same again and again."""
         self.sent_bytes = 0
 
     def advance(self) -> int:
@@ -69,6 +86,9 @@ class ServeConnection(Connection):
                 if not sent:
                     return WRITABLE
                 moved += sent
+                if not self._left_bytes and not self._heard:
+                    self._rest()
+                    return READABLE  # the next question takes a round trip
             else:
                 self._rest()
                 if not self._hear():
@@ -91,20 +111,26 @@ class ServeConnection(Connection):
         self.judge_pace(sent)
         if sent:
             self.sent_bytes += sent
-            self._window = advance(self._window, sent)
+            self._left_bytes -= sent
+            if self._left_bytes:
+                self._window = advance(self._window, sent)
+            else:
+                self._window, self._next = self._window[:0], len(self._pieces)
         return sent
 
     def _hear(self) -> bool:
         """Takes in what is asked; False: the rest of it has not come yet."""
-        data = self.sock.receive(self._wanted - len(self._heard), [])
-        if data is None:
-            return False
-        self._heard += data
         if len(self._heard) < self._wanted:
-            return True
-        heard, self._heard = self._heard, bytearray()
+            data = self._receive(max(HEAR_BYTES, self._wanted - len(self._heard)))
+            if data is None:
+                return False
+            self._heard += data
+            if len(self._heard) < self._wanted:
+                return True
+        heard = bytes(memoryview(self._heard)[: self._wanted])
+        del self._heard[: self._wanted]
         if self._asked is None:
-            self._asked = frames.read_request(bytes(heard))
+            self._asked = frames.read_request(heard)
             self._wanted = self._asked[1] * frames.ROW_BYTES
             return True
         kind, _, number, incarnation = self._asked
@@ -116,7 +142,19 @@ class ServeConnection(Connection):
             self._head = memoryview(frames.refusal(number, refused))
         return True
 
-    def _answer(self, kind: int, number: int, incarnation: int, heard: bytearray) -> None:
+    def _receive(self, count: int) -> bytes | None:
+        """Raises `RemoteProtocolError` for descriptors, which no reader sends."""
+        fds: list[int] = []
+        try:
+            data = self.sock.receive(count, fds)
+        finally:
+            for fd in fds:
+                os.close(fd)
+        if fds:
+            raise RemoteProtocolError(f"{self.sock.peer.address} sent descriptors that nobody asked for")
+        return data
+
+    def _answer(self, kind: int, number: int, incarnation: int, heard: bytes) -> None:
         if not self.is_listed:
             raise PieceRefused("refused", "this lane was not listed by both sides")
         if kind == frames.MAP:
@@ -125,9 +163,26 @@ class ServeConnection(Connection):
             detail, self._fd = self._mapper(int(frames.read_rows(heard)[0, 0]), incarnation)
             self._head = memoryview(frames.answer(number, 0, detail))
             return
-        pieces, self._used = self._segments.acquire(frames.read_rows(heard), incarnation, self)
-        frames.HEADER.pack_into(self._header, 0, frames.OK, 0, number, int(pieces[:, 1].sum()))
-        self._pieces, self._next = np.concatenate((self._header_piece, pieces)), 0
+        placed = self._place(heard, incarnation)
+        frames.HEADER.pack_into(self._header, 0, frames.OK, 0, number, placed.size_bytes)
+        self._pieces, self._next = placed.pieces, 0
+        self._left_bytes = placed.size_bytes + frames.HEADER.size
+
+    def _place(self, rows: bytes, incarnation: int) -> _Placed:
+        """Acquires the segments. Raises `PieceRefused`."""
+        placed = self._placed
+        if placed is not None and placed.rows == rows and placed.incarnation == incarnation:
+            self._used = self._segments.acquire_again(placed.numbers, self)
+            if self._used:
+                return placed
+        self._placed = None
+        pieces, self._used = self._segments.acquire(frames.read_rows(rows), incarnation, self)
+        numbers = tuple(segment.remote.number for segment in self._used)
+        whole = np.concatenate((self._header_piece, pieces))
+        placed = _Placed(rows, incarnation, numbers, whole, int(pieces[:, 1].sum()))
+        if len(whole) <= WINDOW:
+            self._placed = placed
+        return placed
 
     def _drop_fd(self) -> None:
         if self._fd is not None:

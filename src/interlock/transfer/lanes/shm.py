@@ -25,16 +25,14 @@ from interlock.host.base import Host, SharedMemory
 from interlock.host.bulk import BulkListener, BulkSocket, dial_bulk, listen_bulk
 from interlock.host.foreign import address_of
 from interlock.transfer.lanes.base import LaneUnusable, Pairing
+from interlock.transfer.lanes.shm_copy import MAPPED, PROCESS
 from interlock.transfer.lanes.shm_lane import (
     BOARD,
     BOARD_BYTES,
-    MAPPED,
-    PROCESS,
     ShmLane,
     ShmMapping,
 )
 from interlock.transfer.lanes.sockets import SocketKind
-from interlock.transfer.segments import PieceRefused
 
 NONCE_BYTES = 16
 
@@ -122,12 +120,7 @@ class ShmKind(SocketKind):
         if number == BOARD:
             board = ShmMapping(MAPPED, BOARD_BYTES, self._nonce_address, nonce=bytes(self._nonce))
             return msgspec.msgpack.encode(board), self._board.open_read_only()
-        if incarnation != self._segments.incarnation:
-            raise PieceRefused("stale", f"the owner is in its life {self._segments.incarnation}")
-        segment = self._segments.get(number)
-        if segment is None:
-            raise PieceRefused("revoked", f"segment {number} of {self._me} is not registered any more")
-        memory = segment.memory
+        memory = self._segments.named(number, incarnation).memory
         if memory.shared is not None and self._maps:
             fd = memory.shared.open_read_only()
             whole = memory.shared.size_bytes

@@ -37,7 +37,8 @@ from interlock.transfer.lanes.greeting import (
 )
 from interlock.transfer.lanes.pulling import PullConnection
 from interlock.transfer.lanes.serving import Mapper, ServeConnection
-from interlock.transfer.outcomes import Transfer
+from interlock.transfer.outcomes import Outcome, Transfer, in_callback
+from interlock.transfer.prepared import PreparedRead
 from interlock.transfer.segments import SegmentTable
 
 GROW_BYTES = 32 * 1024 * 1024
@@ -104,6 +105,8 @@ class SocketLane:
         mine: list[Any] = self.pulls if isinstance(connection, PullConnection) else self.serves
         if connection in mine:
             mine.remove(connection)
+        if connection in self._all:
+            self._all.remove(connection)
         if not mine and not self._is_broken and not self._destroyed:
             self._is_broken = True
             self._broken(reason)
@@ -119,7 +122,7 @@ class SocketLane:
             self._grow(LISTENER_READS, 1)
 
     def _grow(self, role: str, count: int) -> None:
-        if self._growing is None or self._growing.done():
+        if not self._destroyed and (self._growing is None or self._growing.done()):
             self._growing = asyncio.create_task(self._dial_more(role, count), name=f"grow {self.name.kind}")
 
     async def _dial_more(self, role: str, count: int) -> None:
@@ -144,9 +147,24 @@ class SocketLane:
     def carry_here(self, transfer: Transfer) -> bool:
         return self._carry(transfer, here=True)
 
+    def read_now(self, prepared: PreparedRead, deadline_s: float) -> Outcome | None:
+        """See `Lane.read_now`. Over one idle connection, if one is enough, and never in a callback: it waits for the peer."""
+        if prepared.plan.size_bytes >= GROW_BYTES or not self._may_carry(prepared) or in_callback():
+            return None
+        if not prepared.plan.is_on_host:
+            return None
+        for pull in list(self.pulls):
+            if pull.is_idle and (outcome := pull.read_now(prepared, deadline_s)) is not None:
+                return outcome
+        return None
+
+    def _may_carry(self, read: Transfer | PreparedRead) -> bool:
+        """Not what is of another life: whoever gives it to us may have found us a moment after it looked for the peer's life."""
+        return self._listed and read.plan.incarnation == self.pairing.theirs.incarnation
+
     def _carry(self, transfer: Transfer, *, here: bool) -> bool:
         """Idle connections first: a busy one takes a chunk only when all are."""
-        if not self._listed or not transfer.plan.is_on_host:
+        if not self._may_carry(transfer) or not transfer.plan.is_on_host:
             return False
         ways = sorted(self.pulls, key=lambda pull: not pull.is_idle)
         size = transfer.plan.size_bytes
@@ -173,16 +191,17 @@ class SocketLane:
         if self._growing is not None:
             self._growing.cancel()
             await asyncio.gather(self._growing, return_exceptions=True)
-        for connection in self._all:
+        connections = list(self._all)
+        for connection in connections:
             connection.end("the lane is being destroyed")
-        for connection in self._all:
+        for connection in connections:
             await asyncio.wrap_future(connection.closed)
         self.pulls.clear()
         self.serves.clear()
 
     def explain(self) -> list[str]:
-        who = "we" if self.name.dialler == self.pairing.me else self.pairing.peer
-        words = f"{self.name.kind}, dialled by {who}: {len(self.pulls)} connections to read over, {len(self.serves)} that the peer reads over"
+        who = "us" if self.name.dialler == self.pairing.me else self.pairing.peer
+        words = f"{self.name.kind}, dialled by {who}; connections: {len(self.pulls)} to read over, {len(self.serves)} that the peer reads over"
         return [words + ("" if self._listed else "; not listed")]
 
 
