@@ -2,7 +2,8 @@
 
 Two ranks of a tiny Mixtral with expert parallelism over gloo, one request on each. Sides take turns: `grants` (this project's), `reduction`
 (an all-reduce before each step, as Megatron and vLLM agree), `none` (no agreement: what the step itself costs). The figure is
-microseconds a step, tokens on their way to the runner included, which is the same for all. `messages` is counted: a leader's words
+microseconds a step, tokens on their way to the runner included, which is the same for all. In a `null step` nothing is computed
+and no expert is asked: the cost of agreement alone. `messages` is counted: a leader's words
 and a rank's reports for each step and rank; a reduction is one collective each step, of at least two messages a rank.
 
     python benchmarks/lockstep.py [--quick] [--rounds N]
@@ -24,17 +25,19 @@ from typing import Any, TypeVar
 import harness
 import lockstep_rank
 
+from interlock.core.sampling import Sampling
 from interlock.core.targets import Mode
 from interlock.engines.base import Work
 from interlock.engines.lockstep.engine import LockstepEngine
 from interlock.engines.transformers.setup import TransformersConfig
 from interlock.host.real import RealHost
-from interlock.wire.engine_messages import Sampling
 
 T = TypeVar("T")
 RANKS = 2
 SIDES = ("none", "reduction", "grants")
 PAUSE_STEP_MS = 10.0
+NULL_STEP = -1.0
+"""In place of milliseconds that a step takes longer: it computes nothing."""
 
 
 def write_model(folder: Path) -> Path:
@@ -136,8 +139,9 @@ class Group:
 
 def steps(given: harness.Options, loop: asyncio.AbstractEventLoop, model: Path, home: Path) -> None:
     tokens = 100 if given.quick else 400
-    for step_ms in (0.0, 5.0):
-        if given.only and given.only not in f"step of +{step_ms:g} ms":
+    for step_ms in (NULL_STEP, 0.0, 5.0):
+        point = f"step of +{step_ms:g} ms" if step_ms >= 0 else "null step"
+        if given.only and given.only not in point:
             continue
         groups = [Group(loop, model, home / f"{side}-{step_ms:g}", side, step_ms) for side in SIDES]
         try:
@@ -147,7 +151,6 @@ def steps(given: harness.Options, loop: asyncio.AbstractEventLoop, model: Path, 
                 harness.Side(group.name, lambda group=group: group.step_us(tokens))  # type: ignore[misc]
                 for group in groups
             ]
-            point = f"step of +{step_ms:g} ms"
             found = harness.compare(point, "us a step", sides, given.rounds, base="none", tokens=tokens)
             if {"grants", "reduction"} <= found.keys():
                 harness.report(found["grants"], found["reduction"], messages=groups[-1].messages_a_step)

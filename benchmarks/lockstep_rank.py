@@ -3,6 +3,8 @@
 `grants`: by the leader's grants, unchanged. `reduction`: before each step an all-reduce over gloo, the maximum of (tokens wanted, pause
 asked), as Megatron's coordinator and vLLM's data-parallel ranks agree. `none`: not at all; both ranks are given equally many
 steps, so they meet in the experts' all-to-alls by themselves.
+
+A null step (`STEP_MS` below 0) computes nothing and meets nobody: what is left is the engine's loop and the agreement.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ import torch.distributed as distributed
 
 from interlock.engines.lockstep import rank as rank_process
 from interlock.engines.lockstep.stepping import LockstepLoop, OneForward
+from interlock.engines.transformers.computer import Computer
 from interlock.engines.transformers.loop import Loop
+from interlock.engines.transformers.plans import Step
 
 SIDE, STEP_MS = "LOCKSTEP_BENCH_SIDE", "LOCKSTEP_BENCH_STEP_MS"
 
@@ -51,9 +55,29 @@ def slower(seconds: float) -> None:
     patched._step = slept
 
 
+def null_steps() -> None:
+    """Every request's next token is the same, and no model is asked for it."""
+    logits: dict[int, torch.Tensor] = {}
+
+    def step(self: Computer, step: Step) -> dict[str, torch.Tensor]:
+        row = logits.setdefault(0, torch.zeros(self.model.vocabulary))
+        self.forget(step.drops)
+        answered = [chunk.key for chunk in step.chunks if chunk.answer] + [key for key, _ in step.decode]
+        return dict.fromkeys(answered, row)
+
+    def nothing(_: Computer) -> None:
+        pass
+
+    patched: Any = Computer
+    patched.step, patched.empty_forward = step, nothing
+
+
 if __name__ == "__main__":
     if os.environ[SIDE] != "grants":
         without_grants(os.environ[SIDE])
-    if float(os.environ[STEP_MS]):
-        slower(float(os.environ[STEP_MS]) / 1e3)
+    step_ms = float(os.environ[STEP_MS])
+    if step_ms > 0:
+        slower(step_ms / 1e3)
+    elif step_ms < 0:
+        null_steps()
     rank_process.exit_now(rank_process.main())

@@ -22,12 +22,12 @@ from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+from interlock.core.sampling import Sampling
 from interlock.engines.base import Work
 from interlock.engines.demo_model import build_demo_model
 from interlock.engines.transformers.engine import TransformersEngine
 from interlock.engines.transformers.setup import TransformersConfig
 from interlock.host.real import RealHost
-from interlock.wire.engine_messages import Sampling
 
 
 def make_prompts(count: int, vocabulary: int) -> list[list[int]]:

@@ -10,6 +10,7 @@ from typing import Any
 from hand_engine import HandEngine
 
 from interlock.core.identity import Epoch
+from interlock.core.sampling import Sampling
 from interlock.engines.runner import Runner, RunnerConfig
 from interlock.host.real import RealHost
 from interlock.wire.channel import Channel, connect_channel, serve_channels
@@ -22,7 +23,6 @@ from interlock.wire.engine_messages import (
     FromEngine,
     Refused,
     Resume,
-    Sampling,
     Tokens,
 )
 from interlock.wire.fleet_messages import MemberReport, Target, ToCoordinator

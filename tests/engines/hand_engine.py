@@ -64,6 +64,8 @@ class HandEngine:
                 async with self.changed:
                     await self.changed.wait_for(lambda seen=seen: self._may_go_on(work.key, seen))
                     seen = self.steps
+                if self.stopped:
+                    raise EngineGone("the engine was stopped")
                 if work.key in self.aborted:
                     yield Progress([], [], "abort", 0)
                     return
@@ -73,7 +75,7 @@ class HandEngine:
             self.left.append(work.key)
 
     def _may_go_on(self, key: str, seen: int) -> bool:
-        return key in self.aborted or (self.steps > seen and self.paused is None)
+        return self.stopped or key in self.aborted or (self.steps > seen and self.paused is None)
 
     async def abort(self, key: str) -> None:
         if self.death.done():
@@ -97,7 +99,12 @@ class HandEngine:
             self.changed.notify_all()
 
     async def stop(self) -> None:
-        self.stopped = True
+        """Its requests end at once, itself takes a moment longer."""
+        async with self.changed:
+            self.stopped = True
+            self.changed.notify_all()
+        for _ in range(20):
+            await asyncio.sleep(0)
 
     async def died(self) -> str:
         return await asyncio.shield(self.death)

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import resource
 import threading
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer
 from interlock.engines import demo_model
 from interlock.engines.checkpoint import check_tensor_parallel, read_checkpoint
 from interlock.engines.demo_model import SPECIALS, build_demo_model, demo_model_path
+from interlock.engines.random_llama import write_llama
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -55,6 +57,21 @@ def test_tokens_that_are_no_text_are_never_the_most_likely(built: Path) -> None:
     assert {tokenizer.token_to_id(special) for special in SPECIALS} <= silent
     for row in set(range(len(head))) - silent:
         assert "\N{REPLACEMENT CHARACTER}" not in tokenizer.decode([row])
+
+
+@pytest.mark.parametrize("bytes_max", [1000, 50_000])
+def test_a_disk_that_takes_nothing_is_an_error_of_the_system(tmp_path: Path, bytes_max: int) -> None:
+    """Below the tokenizer's size, and between that and the weights': the libraries that write them have errors of their own."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_max, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            if bytes_max == 1000:
+                build_demo_model(tmp_path)
+            else:
+                write_llama(tmp_path / "m", demo_model.SHAPE, 1, end=0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_built_model_is_not_built_again(built: Path) -> None:

@@ -10,11 +10,12 @@ from engine_rig import Rig
 from hand_engine import expected_tokens
 
 from interlock.core.identity import Epoch
+from interlock.core.sampling import Sampling
 from interlock.core.targets import Mode
 from interlock.engines import desk
-from interlock.engines.base import EngineStartError
+from interlock.engines.base import EngineGone, EngineStartError
 from interlock.engines.runner import STATUS_FAILED, STATUS_STOPPED, STATUS_TOLD
-from interlock.wire.engine_messages import Cursor, Dispatch, Sampling
+from interlock.wire.engine_messages import Cursor, Dispatch
 from interlock.wire.token_ids import pack_ids
 
 P = [3, 1, 4]
@@ -256,6 +257,29 @@ async def test_a_stopped_engine_says_so_and_leaves_with_status_zero(rig: Any) ->
     assert rig.engine.stopped
     report = await rig.coordinator.until(lambda report: report.state == "STOPPED")
     assert report.standing == Epoch(1, 2)
+
+
+async def test_streams_that_a_stop_ends_are_no_death_of_the_engine(rig: Any) -> None:
+    """Found with a real fleet: engines that were stopped with frozen streams seemed to have died, and were started once more."""
+    await rig.running()
+    front = await rig.front()
+    await front.dispatch("a", P, 9)
+    await rig.engine.until_works(1)
+    await rig.coordinator.tell(2, "STOPPED")
+    async with asyncio.timeout(5.0):
+        assert await rig.life == STATUS_STOPPED
+    await rig.coordinator.until(lambda report: report.state == "STOPPED")
+
+
+async def test_an_engine_that_is_gone_when_it_shall_stop_is_stopped(rig: Any) -> None:
+    async def gone() -> None:
+        raise EngineGone("the core has exited")
+
+    rig.engine.stop = gone
+    await rig.running()
+    await rig.coordinator.tell(2, "STOPPED")
+    async with asyncio.timeout(5.0):
+        assert await rig.life == STATUS_STOPPED
 
 
 async def test_a_dead_engine_ends_its_runner_with_a_failure(rig: Any) -> None:

@@ -14,12 +14,13 @@ from interlock.core.errors import ChannelClosed
 from interlock.core.identity import Epoch
 from interlock.core.lifecycle import Admission
 from interlock.core.limits import FRAME_BYTES_MAX
+from interlock.core.sampling import Sampling
 from interlock.engines.base import Progress, RequestRejected, Work
 from interlock.engines.desk import Desk
 from interlock.engines.runner import STATUS_FAILED
 from interlock.host.real import RealHost
 from interlock.wire.duplex import Received
-from interlock.wire.engine_messages import Dispatch, Resume, Sampling, Tokens
+from interlock.wire.engine_messages import Dispatch, Resume, Tokens
 from interlock.wire.identity import Identity
 from interlock.wire.token_ids import pack_ids
 

@@ -23,6 +23,7 @@ from interlock.connectors.vllm.movers import GOOD, CpuMover
 from interlock.connectors.vllm.tensors import KVBlocks
 from interlock.core.layouts import KVLayout, heads_of_rank
 from interlock.core.limits import PROMOTION_WAIT_SECONDS_MAX
+from interlock.core.sampling import Sampling
 from interlock.engines.base import Work
 from interlock.engines.random_llama import TINY, write_llama
 from interlock.engines.transformers import sharing
@@ -36,7 +37,6 @@ from interlock.host.real import RealHost
 from interlock.store.client import MatchResult, StoreClient
 from interlock.store.keys import KeyChain, ModelSalt
 from interlock.testing.check_engine import Bench, Ground
-from interlock.wire.engine_messages import Sampling
 from interlock.wire.locations import Location
 
 PATIENCE_S = 10.0

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+from interlock.cli import demo
+from interlock.engines.plain import Question, complete
 from interlock.host.processes import list_processes
+from interlock.testing.equality import Completion
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +30,24 @@ def descendants() -> Callable[[int], list[int]]:
         return found
 
     return below
+
+
+@pytest.fixture(scope="session")
+def by_the_library() -> Callable[[Path, list[list[int]]], list[Completion]]:
+    """Greedy continuations by the library's own `generate`, in this process: another would import the library once more."""
+
+    def completed(model: Path, prompts: list[list[int]]) -> list[Completion]:
+        import torch
+
+        torch.set_num_threads(1)
+        question = Question(
+            model=str(model), prompts=prompts, tokens=demo.STREAM_TOKENS, engine="transformers"
+        )
+        with mock.patch.dict(os.environ):
+            answers = complete(question)
+        return [Completion(answer.tokens, answer.logprobs, answer.margins) for answer in answers]
+
+    return completed
 
 
 @pytest.fixture(scope="module")

@@ -41,18 +41,27 @@ def prompts() -> list[list[int]]:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def reference(host: RealHost, prompts: list[list[int]]) -> list[Completion]:
-    return await demo.plain_run(host, build_demo_model(), prompts)
+async def computing(host: RealHost, prompts: list[list[int]]) -> asyncio.Task[list[Completion]]:
+    """The plain run, beside the start of the fleet: both mostly import."""
+    return asyncio.create_task(demo.plain_run(host, build_demo_model(), prompts))
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def fleet(host: RealHost, run_home: Path, reference: list[Completion]) -> AsyncIterator[demo.Fleet]:
+async def fleet(
+    host: RealHost, run_home: Path, computing: asyncio.Task[list[Completion]]
+) -> AsyncIterator[demo.Fleet]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_RUNTIME_DIR", str(run_home))
         engine = "vllm:1,transformers:1"
         model = str(build_demo_model())
         async with demo.running_fleet(host, model, free_port(), print, engine=engine) as running:
+            await asyncio.wait({computing})
             yield running
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def reference(computing: asyncio.Task[list[Completion]], fleet: demo.Fleet) -> list[Completion]:
+    return await computing
 
 
 async def kinds(fleet: demo.Fleet) -> dict[str, str]:

@@ -25,6 +25,7 @@ from interlock.text.model import TextModel
 
 pytestmark = [pytest.mark.fleet, pytest.mark.timeout(400), pytest.mark.asyncio(loop_scope="module")]
 TOKENS = 200
+Library = Callable[[Path, list[list[int]]], list[Completion]]
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +57,9 @@ def prompts() -> list[list[int]]:
     return [ids[:60] for ids in demo.documents(TextModel.load(build_demo_model()).encode)][:2]
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def reference(host: RealHost, model: Path, prompts: list[list[int]]) -> list[Completion]:
-    return await demo.plain_run(host, model, prompts, "transformers")
+@pytest.fixture(scope="module")
+def reference(by_the_library: Library, model: Path, prompts: list[list[int]]) -> list[Completion]:
+    return by_the_library(model, prompts)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -68,7 +69,13 @@ async def fleet(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_RUNTIME_DIR", str(run_home))
         async with demo.running_fleet(
-            host, str(model), free_port(), print, engine="transformers:2", data_parallel=2
+            host,
+            str(model),
+            free_port(),
+            print,
+            engine="transformers:2",
+            data_parallel=2,
+            options=["--step-seconds", "2"],  # the frozen rank is waited for that long
         ) as running:
             yield running
 

@@ -1,4 +1,4 @@
-"""One engine of two tensor-parallel ranks behind the same endpoint."""
+"""Engines of two tensor-parallel ranks, one of each kind, behind the same endpoint."""
 
 from __future__ import annotations
 
@@ -16,21 +16,27 @@ from interlock.host.real import RealHost
 from interlock.host.sockets import free_port
 from interlock.text.model import TextModel
 
-pytestmark = [pytest.mark.fleet, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.fleet, pytest.mark.vllm, pytest.mark.timeout(300)]
+TOKENS = 16
 
 
-@pytest.mark.parametrize("engine", [pytest.param("vllm:1", marks=pytest.mark.vllm), "transformers:1"])
-async def test_one_engine_of_two_ranks_answers_and_ctrl_c_leaves_nothing(
-    descendants: Callable[[int], list[int]], run_home: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+async def test_engines_of_two_ranks_answer_and_ctrl_c_leaves_nothing(
+    descendants: Callable[[int], list[int]], run_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(run_home))
-    host, model = RealHost(), build_demo_model()
-    prompt = demo.documents(TextModel.load(model).encode)[0]
-    async with demo.running_fleet(host, str(model), free_port(), print, engine=engine, tp=2) as fleet:
-        first = await fleet.answer(prompt, 16)
-        again = await fleet.answer(prompt, 16)
-        assert first.completion.tokens == again.completion.tokens
-        assert again.cached_tokens > demo.DOCUMENT_TOKENS // 2
+    host, model, engines = RealHost(), build_demo_model(), "vllm:1,transformers:1"
+    prompts = demo.documents(TextModel.load(model).encode)
+    async with demo.running_fleet(host, str(model), free_port(), print, engine=engines, tp=2) as fleet:
+        names = {member["facts"]["engine"]: member["name"] for member in (await fleet.status())["members"]}
+        assert sorted(names) == ["transformers", "vllm"]
+        for prompt, kind, other in zip(prompts, names, reversed(names), strict=False):
+            first = await fleet.answer(prompt, TOKENS, names[kind])
+            again = await fleet.answer(prompt, TOKENS, names[kind])
+            assert first.cached_tokens < 64, "the documents have next to nothing in common"
+            assert first.completion.tokens == again.completion.tokens, kind
+            assert again.cached_tokens > demo.DOCUMENT_TOKENS // 2, kind
+            read = await fleet.answer(prompt, TOKENS, names[other])
+            assert first.completion.tokens == read.completion.tokens, f"computed by {kind}, asked of {other}"
         tree = descendants(fleet.child.pid)
         os.kill(fleet.child.pid, signal.SIGINT)
         async with asyncio.timeout(30):

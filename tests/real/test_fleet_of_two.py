@@ -24,6 +24,7 @@ from interlock.testing.equality import Completion, compare
 from interlock.text.model import TextModel
 
 ENGINE = "transformers"
+Library = Callable[[Path, list[list[int]]], list[Completion]]
 pytestmark = [pytest.mark.fleet, pytest.mark.timeout(600), pytest.mark.asyncio(loop_scope="module")]
 
 
@@ -37,9 +38,9 @@ def prompts() -> list[list[int]]:
     return demo.documents(TextModel.load(build_demo_model()).encode)
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def reference(host: RealHost, prompts: list[list[int]]) -> list[Completion]:
-    return await demo.plain_run(host, build_demo_model(), prompts, ENGINE)
+@pytest.fixture(scope="module")
+def reference(by_the_library: Library, prompts: list[list[int]]) -> list[Completion]:
+    return by_the_library(build_demo_model(), prompts)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -168,7 +169,7 @@ def other_weights(folder: Path) -> Path:
 
 async def test_weights_change_under_a_stream_and_no_cached_block_crosses_versions(
     fleet: demo.Fleet,
-    host: RealHost,
+    by_the_library: Library,
     prompts: list[list[int]],
     reference: list[Completion],
     tmp_path: Path,
@@ -210,7 +211,7 @@ async def test_weights_change_under_a_stream_and_no_cached_block_crosses_version
     assert ids[:made_before] == reference[1].tokens[:made_before]
     assert ids != reference[1].tokens[: len(ids)]
 
-    plain = await demo.plain_run(host, changed, prompts[:1], ENGINE)
+    plain = by_the_library(changed, prompts[:1])
     answer = await fleet.answer(prompts[0], 24)
     assert answer.cached_tokens == 0, "its KV of the old version lies in the store and in both engines"
     assert compare("updated", plain[0], answer.completion).equal

@@ -213,7 +213,8 @@ async def test_a_killed_front_is_started_again_and_its_stream_taken_up(
 ) -> None:
     under_way = asyncio.Event()
     reading = asyncio.create_task(begin(fleet, prompt, "sampled", under_way))
-    await under_way.wait()
+    async with asyncio.timeout(60):
+        await under_way.wait()
     assert fleet.process is not None
     (front,) = [
         entry.pid

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from interlock.core.snapshot_book import Amount
 from interlock.core.snapshot_state import scope_name
 from interlock.host.disk import DirectoryBusy
 from interlock.host.trees import Folder, RealFolder, RealThreadHost, RealTree
-from interlock.snapshots.desk import Notice
+from interlock.snapshots.desk import Notice, SnapshotError
 from interlock.snapshots.format import Snapshot
 from interlock.snapshots.store import SnapshotStore
 from interlock.snapshots.tensors import to_numpy, to_torch
@@ -241,6 +243,118 @@ for n in range(10000):
 """
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["erase", "erase_all"])
+def test_a_trash_that_somebody_removed_is_made_anew_and_all_room_comes_back(
+    tmp_path: Path, whole: bool
+) -> None:
+    budget = Amount(items=2, memory_bytes=1 << 20, disk_bytes=1 << 20)
+    store = SnapshotStore(tmp_path / "s", owner="test", budget=budget)
+    for turn in range(3):
+        for position in range(2):
+            assert store.save(f"r{turn}", position, state(turn)).accepted, turn
+        assert store.flush(timeout_s=SECONDS)
+        shutil.rmtree(tmp_path / "s" / "trash")
+        if whole:
+            store.erase_all()
+        else:
+            store.erase(f"r{turn}")
+        assert store.load(f"r{turn}", 0) is None
+        room_comes_back(store)
+    assert files_below(tmp_path / "s") == []
+    store.check_integrity()
+    store.close(erase=True)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["erase", "erase_all"])
+@pytest.mark.parametrize("trash_too", [False, True], ids=["what was in it", "the trash"])
+def test_what_somebody_else_removed_from_the_trash_takes_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trash_too: bool, whole: bool
+) -> None:
+    store = SnapshotStore(tmp_path / "s", owner="test")
+    monkeypatch.setattr(store._desk.tree, "empty", lambda _: False)  # it cannot be emptied by us
+    assert store.save("r", 0, state(1)).accepted
+    assert store.flush(timeout_s=SECONDS)
+    if whole:
+        store.erase_all()
+    else:
+        store.erase("r")
+    assert store._desk.book.used.items == 1
+    trash = tmp_path / "s" / "trash"
+    for erased in [trash] if trash_too else list(trash.iterdir()):
+        shutil.rmtree(erased)
+    room_comes_back(store)
+    store.check_integrity()
+    store.close(erase=True)
+
+
+def test_a_root_that_moves_while_the_reaper_looks_takes_room_until_it_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is renamed between the reaper's look at the live roots and its look at the trash."""
+    store = SnapshotStore(tmp_path / "s", owner="test")
+    tree, reaping = store._desk.tree, threading.current_thread()
+    rename, folders = tree.rename, tree.folders
+    about_to_move, looked, moved = threading.Event(), threading.Event(), threading.Event()
+
+    def held(source: str, target: str) -> None:
+        about_to_move.set()
+        assert looked.wait(SECONDS)
+        rename(source, target)
+        moved.set()
+
+    def interleaved(path: str) -> list[str]:
+        names = list(folders(path))
+        if threading.current_thread() is reaping and not looked.is_set():
+            looked.set()
+            assert moved.wait(SECONDS)
+        return names
+
+    assert store.save("r", 0, state(1)).accepted
+    assert store.flush(timeout_s=SECONDS)
+    with monkeypatch.context() as patch:
+        patch.setattr(tree, "empty", lambda _: False)
+        patch.setattr(tree, "rename", held)
+        patch.setattr(tree, "folders", interleaved)
+        erasing = threading.Thread(target=store.erase_all)
+        erasing.start()
+        assert about_to_move.wait(SECONDS)
+        assert not store._reaper.empty_once()
+        erasing.join(SECONDS)
+        assert store._desk.book.used.items == 1
+    store._desk.wake_reaper()
+    room_comes_back(store)
+    assert files_below(tmp_path / "s") == []
+    store.close(erase=True)
+
+
+def test_a_root_that_somebody_removed_is_told_by_every_call_and_wedges_none(
+    tmp_path: Path, notices: list[Notice]
+) -> None:
+    store = SnapshotStore(tmp_path / "s", owner="test", on_notice=notices.append)
+    assert store.save("r", 0, state(1)).accepted
+    assert store.flush(timeout_s=SECONDS)
+    shutil.rmtree(tmp_path / "s")
+    refused = store.save("other", 0, state(1))
+    assert not refused.accepted
+    assert "could not be made" in refused.reason
+    assert store.save("r", 1, state(1)).accepted, "its directory is open, and nobody can tell yet"
+    assert store.flush(timeout_s=SECONDS)
+    assert ("failed", "r", 1) in [(n.kind, n.request, n.position) for n in notices]
+    assert store.load("r", 0) is None
+    with pytest.raises(SnapshotError, match="No such file"):
+        store.erase("r")
+    with pytest.raises(SnapshotError, match="not all snapshots could be erased"):
+        store.close(erase=True)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("snapshot")]
+
+
+def room_comes_back(store: SnapshotStore) -> None:
+    deadline_s = time.monotonic() + SECONDS
+    while store._desk.book.used != Amount():
+        assert time.monotonic() < deadline_s, store._desk.book.used
+        time.sleep(0.01)
+
+
 def test_what_a_killed_owner_left_is_swept_by_the_next(tmp_path: Path) -> None:
     child = subprocess.Popen([sys.executable, "-c", CRASH, str(tmp_path / "s")], stdout=subprocess.PIPE)
     assert child.stdout is not None
@@ -341,8 +455,8 @@ def test_a_hung_writer_is_reported_and_replaced_and_keeps_its_memory_charged(tmp
     assert store.stats().used == Amount()
 
 
-def test_descriptors_are_all_given_back(tmp_path: Path) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+def test_descriptors_are_all_given_back(tmp_path: Path, descriptors: Callable[[], set[str]]) -> None:
+    before = descriptors()
     store = SnapshotStore(tmp_path / "s", owner="test")
     for request in range(200):
         store.save(f"r{request}", 1, state(request))
@@ -352,7 +466,7 @@ def test_descriptors_are_all_given_back(tmp_path: Path) -> None:
     for request in range(50):
         store.save(f"r{request}", 1, state(request))
     store.close(erase=False, timeout_s=SECONDS)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert descriptors() == before
 
 
 def test_a_folder_is_the_seam_that_the_store_writes_through(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
-EXPERTS = ("num_local_experts", "n_routed_experts", "num_experts")
+EXPERTS = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
 """What families call the number of experts in a layer."""
 
 
@@ -32,7 +32,20 @@ class Checkpoint(msgspec.Struct, frozen=True):
 
 
 def read_checkpoint(named: str) -> Checkpoint:
-    """Raises `BadCheckpoint`."""
+    """Complete enough to be served. Raises `BadCheckpoint`."""
+    found = read_shape(named)
+    if not any(next(found.path.glob(pattern), None) for pattern in WEIGHTS):
+        raise BadCheckpoint(f"{named} holds no weights (*.safetensors or *.bin); is the download complete?")
+    if not (found.path / "tokenizer.json").is_file():
+        raise BadCheckpoint(
+            f"{named} has no tokenizer.json; save its tokenizer in the fast format beside the weights "
+            "(transformers: AutoTokenizer.from_pretrained(…).save_pretrained(…))"
+        )
+    return found
+
+
+def read_shape(named: str) -> Checkpoint:
+    """What its config.json says: all that is needed to know into how many parts it can be split. Raises `BadCheckpoint`."""
     path = Path(named).expanduser()
     if not path.exists():
         raise BadCheckpoint(
@@ -43,13 +56,6 @@ def read_checkpoint(named: str) -> Checkpoint:
         raise BadCheckpoint(f"{named} is a file; name the directory that holds config.json and the weights")
     path = path.resolve()
     config = _read_config(path, named)
-    if not any(next(path.glob(pattern), None) for pattern in WEIGHTS):
-        raise BadCheckpoint(f"{named} holds no weights (*.safetensors or *.bin); is the download complete?")
-    if not (path / "tokenizer.json").is_file():
-        raise BadCheckpoint(
-            f"{named} has no tokenizer.json; save its tokenizer in the fast format beside the weights "
-            "(transformers: AutoTokenizer.from_pretrained(…).save_pretrained(…))"
-        )
     text = config.get("text_config")
     inner: Mapping[str, Any] = text if isinstance(text, dict) else config
     heads = _count(inner, "num_attention_heads")

@@ -8,9 +8,9 @@ from collections.abc import AsyncGenerator
 
 import msgspec
 
+from interlock.core.continuation import Complete, Continue, Refuse, decide
 from interlock.engines.base import Engine, Progress, RequestRejected, Unable, Work
 from interlock.engines.streams import Stream
-from interlock.text.continuation import Complete, Continue, Refuse, decide
 
 _log = logging.getLogger(__name__)
 

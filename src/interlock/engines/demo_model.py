@@ -110,7 +110,9 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _write_model(folder: Path) -> None:
     tokenizer = _train_tokenizer()
-    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(
+        tokenizer.to_str(pretty=True)
+    )  # `save` has no OSError for a full disk
     _write_json(
         folder / "tokenizer_config.json",
         {

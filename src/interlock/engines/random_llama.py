@@ -7,6 +7,7 @@ float error decides no step. Drawn by NumPy's PCG64 alone: the same files on eve
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,7 +46,9 @@ def write_llama(
     """Writes config.json and model.safetensors, no tokenizer; returns `folder`, which is made where it is missing.
 
     `end` is the end token; tokens in `never` have an output row of zeros, so that greedy decoding does not choose them.
+    Raises `OSError` (full disk).
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +74,11 @@ def write_llama(
         "eos_token_id": end,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file(draw_weights(shape, seed, never), folder / "model.safetensors", metadata={"format": "pt"})
+    weights = draw_weights(shape, seed, never)
+    try:
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error), str(folder)) from error
     return folder
 
 

@@ -1,7 +1,7 @@
 """One request of a vLLM engine, over however many cores it takes.
 
 When its core is ended under it (an update, a suspension) it goes on in the next one: prompt and tokens are asked again,
-parameters restated for the remainder (`text.continuation`). What cannot be restated ends with an error that names it.
+parameters restated for the remainder (`core.continuation`). What cannot be restated ends with an error that names it.
 
 `AsyncLLM.generate` turns every error of the engine into one type and loses an abort that comes before it has added the
 request. So requests are added here: what `add_request` refuses is the client's fault, and nothing else is.
@@ -16,12 +16,12 @@ from typing import Any
 
 import msgspec
 
+from interlock.core.continuation import Complete, Continue, Refuse, decide
+from interlock.core.sampling import Sampling
 from interlock.engines.base import EngineGone, Progress, RequestRejected, Work
 from interlock.engines.vllm_core import VllmCore
 from interlock.engines.vllm_failures import first_line
 from interlock.engines.vllm_words import progress_of, to_vllm
-from interlock.text.continuation import Complete, Continue, Refuse, decide
-from interlock.wire.engine_messages import Sampling
 
 
 class CoreEnded(Exception):  # noqa: N818 - says what is, as the others do

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from interlock.core.sampling import Sampling
 from interlock.engines.base import Progress
-from interlock.wire.engine_messages import Sampling, TokenLogprobs
+from interlock.wire.engine_messages import TokenLogprobs
 
 
 def to_vllm(sampling: Sampling) -> Any:

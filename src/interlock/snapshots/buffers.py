@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from interlock.core.limits import SNAPSHOT_SPARE_BYTES_MAX
-from interlock.host.disk import PAGE_BYTES
+from interlock.host.direct import PAGE_BYTES
 from interlock.host.trees import Changes, page_memory
 
 

@@ -206,6 +206,14 @@ class Desk:
             case ReadStaged(load):
                 self.staged[name, load.item.number].buffer.hold()
 
+    def to_trash(self, live: str, name: str) -> None:
+        """Moves `live` out of the live root. A trash that somebody has removed is made anew. Raises `OSError`."""
+        try:
+            self.tree.rename(f"{LIVE}/{live}", f"{TRASH}/{name}")
+        except FileNotFoundError:
+            self.tree.make_folder(TRASH)
+            self.tree.rename(f"{LIVE}/{live}", f"{TRASH}/{name}")
+
     def _call(self, name: str, effect: Effect) -> CallDone | CallFailed | None:
         """The metadata calls, under the scope's lock and outside the mutex."""
         try:
@@ -215,7 +223,7 @@ class Desk:
                     with self.changes:
                         self.handles[directory] = folder
                 case MoveToTrash(directory, root):
-                    self.tree.rename(f"{LIVE}/{root}/{directory}", f"{TRASH}/{directory}")
+                    self.to_trash(f"{root}/{directory}", str(directory))
                     self.wake_reaper()
                 case MoveToStore(item):
                     self.handles[item.directory].move(item.file, self.targets[name])

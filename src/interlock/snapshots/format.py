@@ -19,7 +19,7 @@ import msgspec
 import xxhash
 
 from interlock.core.errors import InterlockError
-from interlock.host.disk import PAGE_BYTES
+from interlock.host.direct import PAGE_BYTES
 
 VERSION = 1
 PAD = "interlock.pad"

@@ -5,11 +5,13 @@ The reaper may hang on the disk as a writer may; so late writes are watched from
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from interlock.core.limits import SNAPSHOT_TICK_SECONDS
 from interlock.core.snapshot_events import Reaped
-from interlock.core.snapshot_state import Directory
+from interlock.core.snapshot_state import Directory, Folder
 from interlock.host.trees import RunningThread
-from interlock.snapshots.desk import TRASH, Desk, SnapshotBusy
+from interlock.snapshots.desk import LIVE, TRASH, Desk, SnapshotBusy
 from interlock.snapshots.writers import Writers
 
 ROOT = "root."
@@ -19,6 +21,12 @@ RETRY_SECONDS = 1.0
 def trash_of_root(incarnation: int, root: int) -> str:
     """What live/<root> of this life is called in the trash."""
     return f"{ROOT}{incarnation}.{root}"
+
+
+def root_of(name: str) -> int | None:
+    """The number of the root of which this is the name in the trash, or None."""
+    number = name.rpartition(".")[2]
+    return int(number) if name.startswith(ROOT) and number.isdecimal() else None
 
 
 def directory_of(name: str) -> Directory | None:
@@ -71,8 +79,12 @@ class Reaper:
     def empty_once(self) -> bool:
         """Whether nothing that was there is left."""
         all_gone = True
+        trashed = self._trashed()
         try:
-            names = self._desk.tree.folders(TRASH)
+            # A root that moves meanwhile is seen here or in the trash, which is looked at later.
+            live = self._desk.tree.folders(LIVE)
+            names = self._names()
+            self._taken_by_others(trashed, live, names)
         except OSError:
             self.troubles += 1
             return False
@@ -87,14 +99,37 @@ class Reaper:
             all_gone = all_gone and is_gone
         return all_gone
 
+    def _names(self) -> Sequence[str]:
+        """Of what is in the trash, which is made anew where somebody has removed it. Raises `OSError`."""
+        try:
+            return self._desk.tree.folders(TRASH)
+        except FileNotFoundError:
+            self._desk.tree.make_folder(TRASH)
+            return ()
+
+    def _trashed(self) -> list[Folder]:
+        with self._desk.changes:
+            return [f for s in self._desk.book for f in s.folders if f.trashed and not f.reaped]
+
+    def _taken_by_others(self, trashed: Sequence[Folder], live: Sequence[str], names: Sequence[str]) -> None:
+        """What somebody else removed from the trash takes no room any more. Looked at in the order of the arguments."""
+        roots = [root for name in names if name not in self._found and (root := root_of(name)) is not None]
+        with self._desk.changes:
+            current = self._desk.book.root
+        for folder in trashed:
+            waits = folder.root != current and str(folder.root) in live  # for its root's move
+            if not waits and str(folder.name) not in names and not any(folder.root <= root for root in roots):
+                self._tell(folder.name)
+        for name in [each for each in self._found if each not in names]:
+            self._gone(name)
+
     def _gone(self, name: str) -> None:
         if name in self._found:
             items, size = self._found.pop(name)
             with self._desk.changes:
                 self._desk.book.trash_found(-items, -size)
                 self._desk.changes.notify_all()
-        elif name.startswith(ROOT):
-            root = int(name.rpartition(".")[2])
+        elif (root := root_of(name)) is not None:
             with self._desk.changes:
                 gone = [f.name for s in self._desk.book for f in s.folders if f.root <= root and f.trashed]
             for directory in gone:

@@ -32,7 +32,7 @@ from interlock.core.snapshot_events import (
 )
 from interlock.core.snapshot_state import scope_name
 from interlock.host.trees import RealThreadHost, ThreadHost, descriptor_room
-from interlock.snapshots.desk import LIVE, TRASH, Desk, Notice, SnapshotBusy, SnapshotError
+from interlock.snapshots.desk import LIVE, Desk, Notice, SnapshotBusy, SnapshotError
 from interlock.snapshots.format import Snapshot
 from interlock.snapshots.kept import Kept
 from interlock.snapshots.loading import Loader
@@ -160,8 +160,7 @@ class SnapshotStore:
                         if desk.book.get(name) is not None:
                             desk.tell(name, RootMoved(root))
                 for left in self._roots_below(root):
-                    trash = trash_of_root(desk.book.incarnation, left)
-                    desk.tree.rename(f"{LIVE}/{left}", f"{TRASH}/{trash}")
+                    desk.to_trash(str(left), trash_of_root(desk.book.incarnation, left))
             except OSError as error:
                 raise SnapshotError(f"not all snapshots could be erased: {error}", retryable=True) from error
         desk.wake_reaper()

@@ -62,8 +62,12 @@ def references(new_weights: Path, prompts: list[list[int]]) -> tuple[list[Comple
 
     async def run() -> tuple[list[Completion], list[Completion]]:
         host = RealHost()
-        old = await demo.plain_run(host, build_demo_model(), prompts, "transformers")
-        new = await demo.plain_run(host, new_weights, prompts, "transformers")
+        old, new = await asyncio.gather(
+            *(
+                demo.plain_run(host, path, prompts, "transformers")
+                for path in (build_demo_model(), new_weights)
+            )
+        )
         return old, new
 
     return asyncio.run(run())

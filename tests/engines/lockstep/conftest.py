@@ -1,27 +1,24 @@
-"""Two ranks of a tiny Mixtral in lockstep: real processes, real gloo."""
+"""Two ranks of a tiny Mixtral in lockstep: real processes, real gloo, shared by all tests that leave them alive."""
 
 from __future__ import annotations
 
-import asyncio
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+import pytest_asyncio
 
 sys.path.append(str(Path(__file__).parent))
 sys.path.append(str(Path(__file__).parent.parent / "transformers"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from gatekeeper import Gatekeeper
-from lockstep_bench import GATED, make_engine
+from gatekeeper import GATE, Gatekeeper
+from lockstep_bench import Groups
 from tiny_models import Library
-
-from interlock.engines.lockstep.engine import LockstepEngine
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +26,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
     return Library(tmp_path_factory.mktemp("mixtral"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def home() -> Iterator[Path]:
     """With a short path, which sockets need."""
     path = Path(tempfile.mkdtemp(prefix="il-"))
@@ -37,27 +34,33 @@ def home() -> Iterator[Path]:
     shutil.rmtree(path)
 
 
-@pytest.fixture
-async def gate(home: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Gatekeeper]:
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def gatekeeper(home: Path) -> AsyncIterator[Gatekeeper]:
     keeper = Gatekeeper(home / "gate.sock")
-    monkeypatch.setenv("TEST_LOCKSTEP_GATE", str(keeper.path))
-    await keeper.open()
-    yield keeper
-    await keeper.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(GATE, str(keeper.path))
+        await keeper.open()
+        yield keeper
+        await keeper.close()
 
 
 @pytest.fixture
-async def start(library: Library, home: Path) -> AsyncIterator[Callable[..., Awaitable[LockstepEngine]]]:
-    """`await start(gated=True)`: a started engine; stopped at the end, with no process left."""
-    started: list[LockstepEngine] = []
+def gate(gatekeeper: Gatekeeper) -> Iterator[Gatekeeper]:
+    """Open for every rank before and after the test."""
+    gatekeeper.reset()
+    yield gatekeeper
+    gatekeeper.reset()
 
-    async def begin(*, gated: bool = False, **options: Any) -> LockstepEngine:
-        engine = make_engine(library, home, program=GATED if gated else None, **options)
-        started.append(engine)
-        await engine.start()
-        return engine
 
-    yield begin
-    for engine in started:
-        async with asyncio.timeout(30):
-            await engine.stop()
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def all_groups(library: Library, home: Path, gatekeeper: Gatekeeper) -> AsyncIterator[Groups]:
+    groups = Groups(library, home)
+    yield groups
+    await groups.close()
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def groups(all_groups: Groups) -> AsyncIterator[Groups]:
+    """`await groups.take(gated=True)`: a started, idle group. What the test leaves so is kept for the next one."""
+    yield all_groups
+    await all_groups.take_back()

@@ -12,12 +12,12 @@ import sys
 from typing import Any
 
 import torch.distributed as distributed
+from gatekeeper import GATE
 
 from interlock.engines.lockstep import rank as rank_process
 from interlock.engines.lockstep.stepping import LockstepLoop
 from interlock.engines.transformers import ranks
 
-GATE = "TEST_LOCKSTEP_GATE"
 FAILS_ON_RANK_1 = "fails-on-rank-1"
 """A checkpoint of this name loads on rank 0 alone."""
 

@@ -6,6 +6,8 @@ import asyncio
 import json
 from pathlib import Path
 
+GATE = "TEST_LOCKSTEP_GATE"
+"""In the environment of a gated rank: the address."""
 WAIT_SECONDS = 60.0
 
 
@@ -46,6 +48,12 @@ class Gatekeeper:
             pass
         finally:
             writer.close()
+
+    def reset(self) -> None:
+        """Open for all; what ranks did before is forgotten."""
+        for rank in list(self._held):
+            self.release(rank)
+        self.inside.clear()
 
     def hold(self, rank: int) -> None:
         """From its next step on."""

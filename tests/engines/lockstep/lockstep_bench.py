@@ -23,16 +23,16 @@ def make_engine(
 ) -> LockstepEngine:
     """Not started: two ranks of a Mixtral of four experts."""
     library.model("mixtral")
-    (home / "scratch").mkdir(exist_ok=True)
+    (home / "scratch").mkdir(parents=True, exist_ok=True)
     chosen: dict[str, Any] = {
         "model": str(library.path("mixtral")),
         "step_tokens": 32,
         "block_tokens": 16,
+        "model_id": "mixtral",
         "data_parallel": 2,
         **options,
     }
     config = TransformersConfig(
-        model_id="mixtral",
         name="group",
         state_dir=str(home / "state"),
         scratch_dir=str(home / "scratch"),
@@ -40,6 +40,65 @@ def make_engine(
         **chosen,
     )
     return LockstepEngine(RealHost(), config, program=program or PROGRAM)
+
+
+class Groups:
+    """Started groups. A start costs seconds, so a group that a test left running and idle, on its first weights, is the next
+    test's."""
+
+    def __init__(self, library: Library, home: Path) -> None:
+        self._library, self._home = library, home
+        self._number = 0
+        self._taken: list[tuple[bool, LockstepEngine]] = []
+        self._kept: dict[bool, LockstepEngine] = {}
+
+    async def take(self, *, gated: bool = False) -> LockstepEngine:
+        """`gated`: its ranks' steps pass the gate."""
+        engine = self._kept.pop(gated, None)
+        if engine is None:
+            self._number += 1
+            home = self._home / str(self._number)
+            home.mkdir()
+            (home / "weights").symlink_to(self._library.path("mixtral"))
+            model = str(home / "weights")
+            engine = make_engine(self._library, home, program=GATED if gated else None, model=model)
+            self._taken.append((gated, engine))
+            self.capabilities = await engine.start()
+        else:
+            self._taken.append((gated, engine))
+        return engine
+
+    def weights(self, engine: LockstepEngine) -> Path:
+        """A link to what it was started with."""
+        return Path(engine._config.model)
+
+    async def take_back(self) -> None:
+        """What was taken: kept if it is as it was at its start, else stopped."""
+        while self._taken:
+            gated, engine = self._taken.pop()
+            if self._as_new(engine) and gated not in self._kept:
+                self._kept[gated] = engine
+            else:
+                await self._stop(engine)
+
+    def _as_new(self, engine: LockstepEngine) -> bool:
+        runs = engine._group is not None and not engine._group.why and not engine._stopping
+        own = engine._updated is None or engine._updated[0] == str(self.weights(engine))
+        return runs and own and engine._whole_weights and engine._held is None and not engine._streams._all
+
+    async def close(self) -> None:
+        for engine in self._kept.values():
+            await self._stop(engine)
+
+    @staticmethod
+    async def _stop(engine: LockstepEngine) -> None:
+        async with asyncio.timeout(30):
+            await engine.stop()
+
+
+def log_of(engine: LockstepEngine) -> str:
+    assert engine._config.log is not None
+    return Path(engine._config.log).read_text()
 
 
 def pids(engine: LockstepEngine) -> list[int]:

@@ -6,11 +6,11 @@ import asyncio
 import sys
 from pathlib import Path
 
+from interlock.core.sampling import Sampling
 from interlock.engines.base import Work
 from interlock.engines.lockstep.engine import LockstepEngine
 from interlock.engines.transformers.setup import TransformersConfig
 from interlock.host.real import RealHost
-from interlock.wire.engine_messages import Sampling
 
 
 async def main(model: str, home: Path) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from interlock.core.sampling import Sampling
 from interlock.engines.base import Work
 from interlock.engines.lockstep.stepping import OneForward
 from interlock.engines.transformers.plans import Step
 from interlock.engines.transformers.sampling import Sampler
 from interlock.engines.transformers.scheduler import Limits, Request
-from interlock.wire.engine_messages import Sampling
 
 
 def scheduler(**more: Any) -> OneForward:

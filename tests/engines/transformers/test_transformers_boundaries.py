@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from tiny_models import Heard, Library, prompts, work
 
-from interlock.cli import serve as serving
+from interlock.cli import serve_checks, serve_plan
 from interlock.cli.processes import decode_config
 from interlock.core.targets import Mode
 from interlock.engines.base import RequestState
@@ -88,12 +88,12 @@ async def test_what_serve_plans_hits_at_its_boundaries_and_stays_within_its_byte
     """The engine's part of the fleet's plan, encoded and decoded as for its process; the directory is made by the engine."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     library.model("gemma3")
-    asked = serving.Asked(
+    asked = serve_checks.Asked(
         model=library.path("gemma3"), architecture="a", served_name="m", kinds=["transformers"], tensor_parallel=1,
         host="127.0.0.1", port=8123, store_bytes=1, api_key=None, vllm_arguments=[],
-        snapshot_bytes=serving.chosen_snapshot_bytes(0.01, ["transformers"], 1),
+        snapshot_bytes=serve_checks.chosen_snapshot_bytes(0.01, ["transformers"], 1),
     )  # fmt: skip
-    part = serving.make_plan(asked, _made(tmp_path / "run"), "gemma3").engines[0]
+    part = serve_plan.make_plan(asked, _made(tmp_path / "run"), "gemma3").engines[0]
     planned = decode_config(part.config, EngineProcessConfig).transformers
     assert planned is not None
     wanted = {name: getattr(planned, name) for name in ("snapshots", "snapshot_bytes", "snapshot_blocks")}
@@ -101,7 +101,7 @@ async def test_what_serve_plans_hits_at_its_boundaries_and_stays_within_its_byte
     await made.run(work("first", LONG))
     hooks = await settled(made)
     (heard,) = await made.run(work("second", LONG[:70] + REST))
-    assert heard.last.cached_tokens == serving.SNAPSHOT_BLOCKS * BLOCK  # type: ignore[union-attr]
+    assert heard.last.cached_tokens == serve_plan.SNAPSHOT_BLOCKS * BLOCK  # type: ignore[union-attr]
     assert heard.tokens == library.greedy("gemma3", LONG[:70] + REST)
     stats = hooks.store.stats()
     assert (

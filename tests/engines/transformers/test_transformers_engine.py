@@ -279,6 +279,32 @@ async def test_what_is_impossible_is_refused_in_a_sentence(
     assert made.loop.scheduler.requests == []
 
 
+@pytest.mark.parametrize("plain", [True, False], ids=["chosen together", "chosen alone"])
+async def test_a_request_that_no_token_can_be_chosen_for_ends_alone(
+    plain: bool, bench: Any, library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model makes no numbers of it: it ends in an error, with no token of it told, and the one beside it goes on."""
+    made = await bench("llama")
+    computer = made.loop.ranks.computer
+    step = computer.step
+
+    def poisoned(asked: Any) -> Any:
+        answers = step(asked)
+        if "poisoned" in answers and made.loop.scheduler.running["poisoned"].output:
+            answers["poisoned"] = answers["poisoned"] * float("nan")
+        return answers
+
+    monkeypatch.setattr(computer, "step", poisoned)
+    more = {} if plain else {"logprobs": 1}
+    asked = prompts()[1]
+    beside, poison = await made.run(work("beside", asked, **more), work("poisoned", asked, **more))
+    assert (beside.finish, beside.tokens) == ("length", library.greedy("llama", asked))
+    assert (poison.finish, poison.tokens) == ("error", beside.tokens[:1])
+    assert "no numbers" in poison.last.detail
+    made.loop.scheduler.check_integrity()
+    assert made.engine.load().running == 0
+
+
 async def test_the_queue_is_bounded(bench: Any) -> None:
     made = await bench("llama", gated=True, waiting_max=2)
     waiting = [start(made, work(str(n), [5])) for n in range(2)]

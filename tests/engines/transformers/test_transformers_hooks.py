@@ -234,6 +234,14 @@ async def test_while_all_that_is_there_waits_for_blocks_the_engine_does_not_spin
     for _ in range(20):
         await made.engine._ask(lambda: None)
     assert rounds == 0
+    shelf.coming.add("unwanted")
+    unwanted = asyncio.create_task(Heard().listen(made.engine.generate(work("unwanted", PREFIX))))
+    while "unwanted" not in shelf.lookups:
+        await asyncio.sleep(0.001)
+    await made.engine.abort("unwanted")
+    assert (await unwanted).finish == "abort"
+    assert "unwanted" in shelf.ended_keys
+    assert not late.done()
     await made.engine.pause(Mode.ABORT)
     assert (await late).finish == "abort"
     assert "late" in shelf.ended_keys

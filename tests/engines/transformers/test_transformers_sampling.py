@@ -18,8 +18,9 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from interlock.engines.transformers.sampling import Sampler, truncated
-from interlock.wire.engine_messages import Sampling
+from interlock.core.sampling import Sampling
+from interlock.engines.base import RequestRejected
+from interlock.engines.transformers.sampling import NoToken, Sampler, check_sampling, truncated
 
 END = 9
 
@@ -206,3 +207,71 @@ async def test_logprobs_are_those_of_the_model_and_one_stands_beside_each_token(
     for index, (token, told) in enumerate(zip(heard.tokens, heard.logprobs, strict=True)):
         expected = torch.log_softmax(library.logits("llama", [*prompt, *heard.tokens[:index]]), -1)
         assert told.logprob == pytest.approx(float(expected[token]), abs=1e-4)
+
+
+# --- at the limits -----------------------------------------------------------------------------------------------
+
+NUMBERS = [
+    0.0,
+    -0.0,
+    1e-45,
+    1e-30,
+    1e-9,
+    0.5,
+    1.0,
+    2.0,
+    100.0,
+    -100.0,
+    1e30,
+    1e38,
+    1e308,
+    -2.0,
+    math.inf,
+    math.nan,
+]
+
+
+@settings(max_examples=600)
+@given(st.data())
+def test_whatever_is_accepted_draws_a_token_and_what_could_not_is_refused(data: st.DataObject) -> None:
+    """At and beyond each limit, all together: a parameter that made a step fail would end every request of the engine."""
+    number = st.sampled_from(NUMBERS)
+    biases = st.dictionaries(st.sampled_from([0, 3, 19]), number, max_size=3)
+    asked = Sampling(
+        max_tokens=data.draw(st.sampled_from([1, 10**9])),
+        temperature=data.draw(number),
+        top_p=data.draw(number),
+        min_p=data.draw(number),
+        top_k=data.draw(st.sampled_from([0, -1, 1, 19, 20, 10**9])),
+        seed=data.draw(st.sampled_from([None, -1, -(1 << 63), (1 << 63) - 1, 1 << 63])),
+        presence_penalty=data.draw(st.sampled_from([0.0, 2.0, -2.0])),
+        repetition_penalty=data.draw(number),
+        logit_bias=data.draw(biases),
+        logprobs=data.draw(st.sampled_from([None, 0, 20])),
+    )
+    try:
+        check_sampling(asked, 20)
+    except RequestRejected:
+        return
+    logits = logits_of(seed=data.draw(st.integers(0, 9))) * data.draw(st.sampled_from([1.0, 100.0]))
+    token, logprobs = Sampler(asked, [1, 2], [END]).choose(logits.clone(), [3])
+    assert 0 <= token < 20
+    assert logprobs is None or math.isfinite(logprobs.logprob)
+
+
+@pytest.mark.parametrize(
+    "beyond",
+    [{"repetition_penalty": 1e-45}, {"repetition_penalty": 1e308}, {"logit_bias": {3: 101.0}}, {"logit_bias": {3: math.nan}}],
+    ids=str,
+)  # fmt: skip
+def test_numbers_that_no_logit_bears_are_refused(beyond: dict[str, Any]) -> None:
+    with pytest.raises(RequestRejected, match="must be in"):
+        check_sampling(Sampling(max_tokens=1, **beyond), 20)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_choose_no_token(temperature: float) -> None:
+    logits = logits_of()
+    logits[7] = math.nan
+    with pytest.raises(NoToken):
+        sampler(temperature=temperature).choose(logits, [])

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 import transformers
 
+from interlock.core.sampling import Sampling
 from interlock.engines.base import Progress, Work
 from interlock.engines.transformers.engine import TransformersEngine
 from interlock.engines.transformers.setup import TransformersConfig
 from interlock.host.real import RealHost
-from interlock.wire.engine_messages import Sampling
 
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
@@ -47,7 +47,8 @@ def _config(family: str) -> Any:
         case "qwen3":
             return t.Qwen3Config(**base, head_dim=8)
         case "mixtral":
-            return t.MixtralConfig(**base, num_local_experts=4, num_experts_per_tok=2)
+            longer = {**base, "max_position_embeddings": 2048}
+            return t.MixtralConfig(**longer, num_local_experts=4, num_experts_per_tok=2)
         case "gemma2":
             return t.Gemma2Config(
                 **base, head_dim=8, sliding_window=8, tie_word_embeddings=False, query_pre_attn_scalar=8
@@ -171,11 +172,12 @@ class Bench:
         library.model(family)
         folder.mkdir()
         (folder / "scratch").mkdir()
-        chosen: dict[str, Any] = {"step_tokens": 32, "block_tokens": 16, **options}
+        checkpoint = str(library.path(family))
+        chosen: dict[str, Any] = {"model": checkpoint, "step_tokens": 32, "block_tokens": 16, **options}
         self.engine = TransformersEngine(
             RealHost(),
             TransformersConfig(
-                model=str(library.path(family)), model_id=family, name=folder.name, state_dir=str(folder / "state"),
+                model_id=family, name=folder.name, state_dir=str(folder / "state"),
                 scratch_dir=str(folder / "scratch"), log=str(folder / "log"), **chosen,
             ),
         )  # fmt: skip

@@ -28,7 +28,7 @@ from interlock.core.limits import (
     SILENCE_SECONDS_MAX,
 )
 from interlock.core.targets import State
-from interlock.engines.attached.calls import CallFailed, Calls, Unreachable
+from interlock.engines.attached.calls import CallFailed, Calls, Unreachable, not_attached
 from interlock.engines.attached.engine import AnotherLife, AttachedEngine, Update
 from interlock.engines.attached.http_calls import Server
 from interlock.engines.attached.in_process import InProcess
@@ -167,7 +167,7 @@ class Attachment:
         try:
             version = await self._engine.version()
         except (Unreachable, CallFailed) as error:
-            raise EngineStartError(f"{self._calls.where} cannot be attached: {error}") from error
+            raise not_attached(self._calls.where, error) from error
         last = self._me.incarnation if self._me is not None else 0
         self._me = Life(self.name, max(last + 1, self._host.clock.wall_ns()))
         self._left = asyncio.get_running_loop().create_future()

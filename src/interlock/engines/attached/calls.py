@@ -6,6 +6,7 @@ from typing import Protocol
 
 import msgspec
 
+from interlock.engines.base import EngineStartError
 from interlock.wire.fleet_messages import Load
 
 
@@ -15,6 +16,14 @@ class Unreachable(Exception):  # noqa: N818 - says what is, as the others do
 
 class CallFailed(Exception):  # noqa: N818 - says what is, as the others do
     """The engine answered that it could not. The message has its words."""
+
+
+def not_attached(where: str, why: Exception) -> EngineStartError:
+    """In one sentence, though `why` begins with `where` or does not name it."""
+    words = str(why)
+    if words.startswith(where):
+        words = f"it{words.removeprefix(where)}"
+    return EngineStartError(f"{where} cannot be attached: {words}")
 
 
 class Described(msgspec.Struct, frozen=True, kw_only=True):

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from interlock.core.limits import ATTACH_STEP_SECONDS_MAX, RECONNECT_SECONDS_MAX
 from interlock.core.targets import KeptCache, Mode, stricter
-from interlock.engines.attached.calls import CallFailed, Calls, Described, Unreachable
+from interlock.engines.attached.calls import CallFailed, Calls, Described, Unreachable, not_attached
 from interlock.engines.base import (
     Capabilities,
     Engine,
@@ -84,7 +84,7 @@ class AttachedEngine(Engine):
         try:
             return await self._calls.describe()
         except (Unreachable, CallFailed) as error:
-            raise EngineStartError(f"{self._calls.where} cannot be attached: {error}") from error
+            raise not_attached(self._calls.where, error) from error
 
     async def version(self) -> str | None:
         """Of its weights, as vLLM has it; None: nobody has named them. To be asked once, before it is walked."""

@@ -26,6 +26,7 @@ from interlock.engines.base import (
     UpdateFailed,
     Work,
 )
+from interlock.engines.checkpoint import BadCheckpoint, check_data_parallel, read_shape
 from interlock.engines.lockstep.group import PROGRAM, Group
 from interlock.engines.lockstep.streams import Stream, Streams
 from interlock.engines.lockstep.words import States, StatesPage, Take, Taken, Update
@@ -61,13 +62,24 @@ class LockstepEngine(Engine):
     # --- start and end -------------------------------------------------------------------------------------------
 
     async def start(self) -> Capabilities:
-        if self._config.tensor_parallel > 1:
-            raise EngineStartError("a lockstep group's ranks are whole but for the experts: leave --tp out")
+        self._check()
         self._death = asyncio.get_running_loop().create_future()
         self._group, capabilities = await self._start_group()
         self._streams.group = self._group
         self._group.leader.proceed()
         return capabilities
+
+    def _check(self) -> None:
+        """What can be said before a rank's process loads anything. Raises `EngineStartError`."""
+        if self._config.tensor_parallel > 1:
+            raise EngineStartError(
+                f"--tp {self._config.tensor_parallel}: a rank of a lockstep group is whole but for the experts, and is not "
+                "split further; leave --tp out"
+            )
+        try:
+            check_data_parallel(read_shape(self._config.model), self._config.data_parallel)
+        except BadCheckpoint as error:
+            raise EngineStartError(str(error)) from error
 
     async def _start_group(self) -> tuple[Group, Capabilities]:
         """A new life of the ranks, which stand before their first step. Raises `EngineStartError`, `EngineGone` by a stop."""

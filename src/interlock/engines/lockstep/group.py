@@ -19,6 +19,7 @@ import msgspec
 
 from interlock.core.limits import (
     CHILD_GRACE_SECONDS,
+    HEARTBEAT_SECONDS,
     LOCKSTEP_BEAT_SECONDS,
     LOCKSTEP_BLAME_SECONDS,
     LOCKSTEP_CALL_SECONDS_MAX,
@@ -38,6 +39,8 @@ from interlock.wire.identity import Identity
 
 _log = logging.getLogger(__name__)
 PROGRAM = (sys.executable, "-m", "interlock.engines.lockstep.rank")
+MUTE_SECONDS = 1.5 * HEARTBEAT_SECONDS
+"""A rank that was not heard for so long when its group is ended is named with the reason."""
 SILENT_BEATS = 3
 """A rank counts as silent when it was so at as many looks: while we were frozen ourselves, its words were waiting."""
 
@@ -60,7 +63,14 @@ class Group(Audience):
         self.size = config.data_parallel
         self.processes = WatchedRanks(host, self._exited, config.log)
         self.links: list[RankLink] = []
-        self.leader = Leader(host.clock, epoch, self.size, say=self._say, on_end=self.end_whole)
+        self.leader = Leader(
+            host.clock,
+            epoch,
+            self.size,
+            say=self._say,
+            on_end=self.end_whole,
+            step_seconds=config.lockstep_step_seconds,
+        )
         self.why = ""
         """Why it ended, once it did."""
         self._news = asyncio.Event()
@@ -236,7 +246,7 @@ class Group(Audience):
     def end_whole(self, why: str) -> None:
         """Something has happened to a rank: all of them end, then `on_end` is told."""
         if self._ending is None and not self._closing:
-            if silent := self._silent(2.0):
+            if silent := self._silent(MUTE_SECONDS):
                 why = f"{why} ({silent})" if silent not in why else why
             self._ending = asyncio.create_task(self._end_whole(why), name="end of the group")
 

@@ -14,7 +14,7 @@ import msgspec
 
 from interlock.core import lockstep_leader as core
 from interlock.core.errors import LocalProtocolError, RemoteProtocolError
-from interlock.core.limits import LOCKSTEP_BEAT_SECONDS, LOCKSTEP_FENCE_SECONDS_MAX
+from interlock.core.limits import LOCKSTEP_BEAT_SECONDS, LOCKSTEP_FENCE_SECONDS_MAX, LOCKSTEP_STEP_SECONDS
 from interlock.core.lockstep import Fence, Grant
 from interlock.engines.lockstep.words import FenceWord, GrantWord, Said
 from interlock.host.base import Clock
@@ -34,9 +34,10 @@ class Leader:
         *,
         say: Callable[[int, FenceWord | GrantWord], None],
         on_end: Callable[[str], None],
+        step_seconds: float = LOCKSTEP_STEP_SECONDS,
     ) -> None:
         self._clock, self._say, self._on_end = clock, say, on_end
-        self.state = core.lead(epoch, ranks, deadline_s=math.inf)
+        self.state = core.lead(epoch, ranks, deadline_s=math.inf, step_seconds=step_seconds)
         self.words = 0
         """Said to ranks so far; of each, and each again."""
         self._wants = [0] * ranks

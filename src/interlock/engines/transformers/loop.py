@@ -138,7 +138,11 @@ class Loop(AskedThread):
 
     def _execute(self, step: Step) -> None:
         logits = self.ranks.do(step)
-        told = self.scheduler.advance(step, choose(self.scheduler.running, logits))
+        chosen, failed = choose(self.scheduler.running, logits)
+        told = self.scheduler.advance(step, chosen)
+        for key, why in failed.items():
+            self.remove(key)
+            self.tell(key, Progress([], [], "error", 0, why))
         self.counts["steps"] += 1
         self.counts["generated_tokens"] += len(told)
         self.busy = self.scheduler.busy()

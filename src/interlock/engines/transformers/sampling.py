@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from interlock.core.limits import LOGPROBS_MAX
+from interlock.core.sampling import Sampling
 from interlock.engines.base import RequestRejected
-from interlock.wire.engine_messages import Sampling, TokenLogprobs
+from interlock.wire.engine_messages import TokenLogprobs
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +26,8 @@ TEMPERATURE_MIN = 1e-2
 """vLLM's: a smaller one that is not zero is raised to it, for the quotients would overflow."""
 SEED_MIN, SEED_MAX = -(1 << 63), (1 << 63) - 1
 LOGIT_BIAS_BOUND = 100.0
+REPETITION_PENALTY_MIN, REPETITION_PENALTY_MAX = 1e-30, 1e30
+"""vLLM takes any above zero; beyond these a quotient is no single-precision number any more."""
 
 
 def check_sampling(sampling: Sampling, vocabulary: int) -> None:
@@ -41,20 +44,31 @@ def check_sampling(sampling: Sampling, vocabulary: int) -> None:
     for name in ("presence_penalty", "frequency_penalty"):
         value = getattr(s, name)
         _demand(-2.0 <= value <= 2.0, f"{name} must be in [-2, 2], got {value}")
-    usable = math.isfinite(s.repetition_penalty) and s.repetition_penalty > 0.0
-    _demand(usable, f"repetition_penalty must be a number above zero, got {s.repetition_penalty}")
+    usable = REPETITION_PENALTY_MIN <= s.repetition_penalty <= REPETITION_PENALTY_MAX
+    _demand(
+        usable,
+        f"repetition_penalty must be in [{REPETITION_PENALTY_MIN:g}, {REPETITION_PENALTY_MAX:g}], got {s.repetition_penalty}",
+    )
     _demand(s.seed is None or SEED_MIN <= s.seed <= SEED_MAX, f"seed must fit 64 bits, got {s.seed}")
     _demand(s.logprobs is None or 0 <= s.logprobs <= LOGPROBS_MAX, f"logprobs must be in [0, {LOGPROBS_MAX}]")
     for token in s.stop_token_ids:
         _demand(token >= 0, f"stop token id {token} is no token id")
     for token, bias in s.logit_bias.items():
         _demand(0 <= token < vocabulary, f"logit_bias names token {token}; this model has {vocabulary}")
-        _demand(math.isfinite(bias), f"logit_bias of token {token} is {bias}; a number is needed")
+        bound = LOGIT_BIAS_BOUND
+        _demand(
+            -bound <= bias <= bound,
+            f"logit_bias of token {token} must be in [{-bound:g}, {bound:g}], got {bias}",
+        )
 
 
 def _demand(holds: bool, message: str) -> None:
     if not holds:
         raise RequestRejected(message)
+
+
+class NoToken(Exception):  # noqa: N818 - says what is, as the others do
+    """The logits of one request allow no choice; the message says why."""
 
 
 class Sampler:
@@ -118,10 +132,10 @@ class Sampler:
         return bool(s.presence_penalty or s.frequency_penalty or s.repetition_penalty != 1.0)
 
     def choose(self, logits: torch.Tensor, output: Sequence[int]) -> tuple[int, TokenLogprobs | None]:
-        """The next token after `output` (all tokens made so far). `logits` [vocabulary] may be changed."""
+        """The next token after `output` (all tokens made so far). `logits` [vocabulary] may be changed. Raises `NoToken`."""
         raw = logits.float()
         worked = self._constrained(raw.clone(), output)
-        token = int(worked.argmax()) if not self._temperature else self._draw(worked)
+        token = _highest(worked if not self._temperature else self._drawn(worked))
         if self._s.logprobs is None:
             return token, None
         return token, _logprobs_of(raw, token, self._s.logprobs)
@@ -158,12 +172,21 @@ class Sampler:
             logits = logits - s.frequency_penalty * counts - s.presence_penalty * present
         return logits
 
-    def _draw(self, logits: torch.Tensor) -> int:
+    def _drawn(self, logits: torch.Tensor) -> torch.Tensor:
+        """[vocabulary], of which the highest is one draw."""
         import torch
 
         probabilities = torch.softmax(truncated(logits / self._temperature, self._s), dim=-1)
         noise = torch.empty_like(probabilities).exponential_(generator=self._generator)
-        return int((probabilities / noise).argmax())
+        return probabilities / noise
+
+
+def _highest(values: torch.Tensor) -> int:
+    """Where the highest is. Raises `NoToken` when one of them is no number: it would be taken for the highest."""
+    best = values.max(dim=-1)
+    if best.values.isnan():
+        raise NoToken("the model's logits for it are no numbers")
+    return int(best.indices)
 
 
 def truncated(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:

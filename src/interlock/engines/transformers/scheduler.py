@@ -11,6 +11,7 @@ could not is refused when it comes.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +24,8 @@ from interlock.engines.transformers.plans import Chunk, Step
 from interlock.engines.transformers.sampling import Sampler
 from interlock.wire.engine_messages import TokenLogprobs
 from interlock.wire.fleet_messages import Load as Busy
+
+_log = logging.getLogger(__name__)
 
 
 class Request:
@@ -323,16 +326,26 @@ class Scheduler:
 
 def choose(
     requests: dict[str, Request], logits: dict[str, Any]
-) -> dict[str, tuple[int, TokenLogprobs | None]]:
-    """The next token of every request that has an answer; plain greedy ones together."""
+) -> tuple[dict[str, tuple[int, TokenLogprobs | None]], dict[str, str]]:
+    """The next token of every request that has an answer, plain greedy ones together; and why others can have none.
+
+    What one request asked for, or made the model compute, is no reason to end those beside it.
+    """
     import torch
 
     plain = [key for key in logits if requests[key].sampler.plain]
     chosen: dict[str, tuple[int, TokenLogprobs | None]] = {}
     if plain:
-        best = torch.stack([logits[key] for key in plain]).argmax(dim=-1).tolist()
-        chosen = {key: (token, None) for key, token in zip(plain, best, strict=True)}
+        best = torch.stack([logits[key] for key in plain]).max(dim=-1)
+        numbers = (~best.values.isnan()).tolist()
+        both = zip(plain, best.indices.tolist(), numbers, strict=True)
+        chosen = {key: (token, None) for key, token, number in both if number}
+    failed: dict[str, str] = {}
     for key in logits:
         if key not in chosen:
-            chosen[key] = requests[key].sampler.choose(logits[key], requests[key].output)
-    return chosen
+            try:
+                chosen[key] = requests[key].sampler.choose(logits[key], requests[key].output)
+            except Exception as error:
+                _log.exception("no token can be chosen for %s", key)
+                failed[key] = f"no token can be chosen: {error}"
+    return chosen, failed

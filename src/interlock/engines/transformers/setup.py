@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from interlock.core.limits import LOCKSTEP_STEP_SECONDS
 from interlock.engines.base import EngineStartError
 from interlock.engines.transformers.scheduler import Limits
 
@@ -41,6 +43,8 @@ class TransformersConfig(msgspec.Struct, frozen=True, kw_only=True):
     tensor_parallel: int = 1
     data_parallel: int = 1
     """Ranks that each serve requests of their own and share the experts: they meet in every step (`engines/lockstep`)."""
+    lockstep_step_seconds: float = LOCKSTEP_STEP_SECONDS
+    """What a step of such a group has until a rank counts as frozen, beside its tokens' share: more for large models."""
     expert_group: ExpertGroup | None = None
     """Of one such rank's own process; nobody else sets it."""
     threads: int = 1
@@ -99,9 +103,12 @@ def load_model(config: TransformersConfig, path: str) -> Any:
         "trust_remote_code": config.trust_remote_code,
     }
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(str(where), **arguments)
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            str(where), output_loading_info=True, ignore_mismatched_sizes=True, **arguments
+        )
     except Exception as error:
         raise EngineStartError(f"{where} cannot be loaded: {_first_line(error)}") from error
+    _demand_whole(where, model, found)
     if config.tensor_parallel > 1:
         model = _shard(model, config.tensor_parallel)
     if config.expert_group is not None:
@@ -111,6 +118,39 @@ def load_model(config: TransformersConfig, path: str) -> Any:
     if config.device != "cpu":
         model = model.to(config.device)
     return model.eval()
+
+
+def _demand_whole(where: Path, model: Any, found: Mapping[str, Any]) -> None:
+    """The library fills what a checkpoint lacks, or has in other shapes, with random numbers, and only warns.
+
+    Raises `EngineStartError`, also for weights that are no numbers: every answer by them would be one token, again and again.
+    """
+    import torch
+
+    missing = sorted(map(str, found["missing_keys"]))
+    if missing:
+        raise EngineStartError(
+            f"{where} lacks {_named(missing)} of {type(model).__name__}; is the download, or what wrote it, complete?"
+        )
+    other = sorted(str(key[0]) if isinstance(key, tuple) else str(key) for key in found["mismatched_keys"])
+    if other:
+        raise EngineStartError(
+            f"{where} has {_named(other)} in other shapes than its config.json says for {type(model).__name__}"
+        )
+    broken = [
+        name
+        for name, tensor in model.named_parameters()
+        if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all()
+    ]
+    if broken:
+        raise EngineStartError(
+            f"{where} holds values that are no numbers (NaN, infinity) in {_named(broken)}"
+        )
+
+
+def _named(tensors: Sequence[str]) -> str:
+    more = f" and {len(tensors) - 1} tensors more" if len(tensors) > 1 else ""
+    return f"{tensors[0]}{more}"
 
 
 def _shard(model: Any, ranks: int) -> Any:

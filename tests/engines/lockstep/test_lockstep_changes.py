@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 from gatekeeper import Gatekeeper
-from lockstep_bench import Reading
+from lockstep_bench import Groups, Reading
 from tiny_models import Library, prompts
 
 from interlock.core.targets import Mode
 from interlock.engines.base import NotStanding, UpdateFailed
-from interlock.engines.lockstep.engine import LockstepEngine, rank_states
+from interlock.engines.lockstep.engine import rank_states
 
-Start = Callable[..., Awaitable[LockstepEngine]]
-pytestmark = [pytest.mark.fleet, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.fleet, pytest.mark.timeout(240), pytest.mark.asyncio(loop_scope="session")]
 
 
 async def test_an_update_that_fails_on_one_rank_leaves_the_group_without_weights_until_one_succeeds_on_all(
-    start: Start, gate: Gatekeeper, library: Library, tmp_path: Path
+    groups: Groups, gate: Gatekeeper, library: Library, tmp_path: Path
 ) -> None:
-    engine, prompt = await start(gated=True), prompts((40,))[0]
+    engine, prompt = await groups.take(gated=True), prompts((40,))[0]
     library.model("mixtral", seed=1)
     bad = tmp_path / "fails-on-rank-1"
     bad.symlink_to(library.path("mixtral", 1))
@@ -58,3 +56,6 @@ async def test_an_update_that_fails_on_one_rank_leaves_the_group_without_weights
     fresh = Reading(engine, "fresh", prompt, 20)
     await fresh.task
     assert fresh.tokens == library.greedy("mixtral", prompt, seed=1)
+    await engine.pause(Mode.KEEP)
+    await engine.update_weights(groups.weights(engine), "v0")
+    await engine.unpause()
