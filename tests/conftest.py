@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import os
+from collections.abc import Callable
+
 import pytest
 from hypothesis import settings
 
@@ -39,3 +43,14 @@ class NoSkips:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--no-skips"):
         config.pluginmanager.register(NoSkips(), "interlock-no-skips")
+
+
+@pytest.fixture
+def descriptors() -> Callable[[], set[str]]:
+    """The descriptors open in this process, once what earlier tests left to the garbage collector is closed."""
+
+    def opened() -> set[str]:
+        gc.collect()
+        return set(os.listdir("/proc/self/fd"))
+
+    return opened

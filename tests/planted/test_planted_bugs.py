@@ -28,6 +28,10 @@ TWO_ENGINES = Shape(
 )
 COMMANDED = msgspec.structs.replace(TWO_ENGINES, quiet=False, weights=True, run_s=20.0, step_s=0.03)
 """Two people who update, suspend and resume it."""
+ASKED = msgspec.structs.replace(TWO_ENGINES, web=True)
+"""Over HTTP, too; at its end the front dies in the middle of an answer."""
+STARTED = msgspec.structs.replace(COMMANDED, starts=True)
+"""They also stop it and start it again."""
 PLANTS = [
     Plant(
         story="an old attempt is heard: its words are taken for those of the new one",
@@ -35,7 +39,7 @@ PLANTS = [
         old="if delta.attempt != entry.attempt or entry.life is None:",
         new="if entry.life is None:",
         kinds=(),
-        found_at=4,
+        found_at=1,
         seeds_max=40,
         plan=THERE_AND_BACK,
         shape=TWO_ENGINES,
@@ -55,7 +59,7 @@ PLANTS = [
         old="and node <= self._last_node",
         new="",
         kinds=(),
-        found_at=28,
+        found_at=0,
         seeds_max=60,
         shape=msgspec.structs.replace(TWO_ENGINES, clients=True, ranks=2, kv_engines=2),
     ),
@@ -77,10 +81,10 @@ PLANTS = [
     Plant(
         story="fronts are not asked what they remember: a coordinator leads below their epoch for a day",
         where="interlock.core.commands:remembered",
-        old="return _compare(fleet, target)",
+        old="return _compare(fleet, target, target.version)",
         new="return fleet, ()",
         kinds=(),
-        found_at=2,
+        found_at=0,
         seeds_max=20,
         plan=(
             Fault(2.0, "clock-back", "host-a", detail="86400"),
@@ -92,8 +96,8 @@ PLANTS = [
     ),
     Plant(
         story="acknowledged before it is kept: a coordinator's decisions are not written down",
-        where="interlock.fleet.coordinator:Coordinator._save",
-        old="self._file.save(fleet, self._book.records(), members)",
+        where="interlock.fleet.decisions:Decisions._write",
+        old="self._file.save(fleet, self.book.records(), members)",
         new="pass",
         kinds=("power",),
         found_at=0,
@@ -114,12 +118,12 @@ PLANTS = [
         old="member.connections -= 1",
         new="member.connections -= 1\n            self.store.process_gone(member)",
         kinds=("net",),
-        found_at=19,
+        found_at=29,
         seeds_max=60,
     ),
     Plant(
         story="a slot freed while its holders may still write: every abort is taken for a promise",
-        where="interlock.store.blocks:BlockStore.abort",
+        where="interlock.store.writes:Writes.abort",
         old="if never_given:",
         new="if True:",
         kinds=("freeze",),
@@ -137,7 +141,7 @@ PLANTS = [
     ),
     Plant(
         story="a block published before all its shards are written: the first report completes the join",
-        where="interlock.store.blocks:BlockStore.start_write",
+        where="interlock.store.writes:Writes.start_write",
         old="shards,\n        life.layout.layers,\n        life.layout.heads,",
         new="shards[:1],\n        life.layout.layers,\n        shards[0].head_stop,",
         kinds=(),
@@ -168,7 +172,7 @@ PLANTS = [
         old="stream.sent = min(cursor.start, len(stream.tokens))",
         new="pass",
         kinds=("net",),
-        found_at=7,
+        found_at=0,
         seeds_max=60,
     ),
     Plant(
@@ -176,9 +180,11 @@ PLANTS = [
         where="interlock.engines.desk:Desk.serve",
         old="if front.channel is channel:",
         new="if True:",
-        kinds=("net",),
-        found_at=64,
-        seeds_max=160,
+        kinds=(),
+        found_at=0,
+        seeds_max=20,
+        plan=[Fault(float(at), "half-open", "front-0", "engine-0") for at in range(2, 9)],
+        shape=TWO_ENGINES,
     ),
     Plant(
         story="a half-open connection is believed for ever (this one was ours, found by seeds 33, 46 and 176)",
@@ -186,7 +192,7 @@ PLANTS = [
         old="if self._leased and",
         new="if False and",
         kinds=("net",),
-        found_at=20,
+        found_at=15,
         seeds_max=120,
     ),
     Plant(
@@ -210,7 +216,7 @@ PLANTS = [
     Plant(
         story="an engine's exit is seen and its requests are not taken elsewhere",
         where="interlock.fleet.requests:Requests.lost",
-        old='self._failed(entry, f"{life} ended: {why}")',
+        old='self.failed(entry, f"{life} ended: {why}")',
         new="pass",
         kinds=("crash",),
         found_at=0,
@@ -218,7 +224,7 @@ PLANTS = [
     ),
     Plant(
         story="a continuation that repeats the last token: the prompt is cut one short",
-        where="interlock.fleet.requests:Requests.dispatch_next",
+        where="interlock.fleet.dispatching:Dispatching._dispatch_next",
         old="prompt, sampling = decision.prompt, decision.sampling",
         new="prompt, sampling = decision.prompt[:-1], decision.sampling",
         kinds=("crash",),
@@ -258,7 +264,7 @@ PLANTS = [
     ),
     Plant(
         story="a cached block crosses versions: salts name the tenant alone",
-        where="interlock.fleet.requests:cache_salt",
+        where="interlock.fleet.dispatching:cache_salt",
         old=":{tenant}:{version}",
         new=":{tenant}:",
         kinds=(),
@@ -272,9 +278,9 @@ PLANTS = [
         old="if record.version is not None and record.version != fleet.version:",
         new="if False:",
         kinds=(),
-        found_at=1,
-        seeds_max=40,
-        plan=[Fault(float(at), "cut", "engine-0", "coordinator", 2.5) for at in (2, 5, 8, 11, 14)],
+        found_at=12,
+        seeds_max=60,
+        plan=[Fault(1.0 + 1.3 * n, "cut", "engine-0", "coordinator", 1.0) for n in range(15)],
         shape=COMMANDED,
     ),
     Plant(
@@ -296,6 +302,66 @@ PLANTS = [
         found_at=2,
         seeds_max=20,
         shape=COMMANDED,
+    ),
+    Plant(
+        story="an answer that is taken up repeats its last token: the cursor is one off",
+        where="interlock.web.generating:Choice._push",
+        old="max(0, self._after - stream.tokens)",
+        new="max(0, self._after - 1 - stream.tokens)",
+        kinds=(),
+        found_at=0,
+        seeds_max=10,
+        shape=ASKED,
+    ),
+    Plant(
+        story="text that was held back is lost where an answer is taken up: its decoder begins at the cursor",
+        where="interlock.web.generating:Choice._push",
+        old="stream.push(token_ids[:skip])",
+        new="stream.tokens += skip",
+        kinds=(),
+        found_at=1,
+        seeds_max=10,
+        shape=ASKED,
+    ),
+    Plant(
+        story="a client leaves and its request runs on: nobody aborts it",
+        where="interlock.web.generating:Choices.close",
+        old="await choice.abort()",
+        new="pass",
+        kinds=(),
+        found_at=0,
+        seeds_max=20,
+        shape=ASKED,
+    ),
+    Plant(
+        story="a body that was read is counted for ever: the front's budget shrinks",
+        where="interlock.web.http:Body.release",
+        old="self._front.body_bytes -= len(self.data)",
+        new="self._front.body_bytes -= len(self.data) // 2",
+        kinds=(),
+        found_at=0,
+        seeds_max=3,
+        shape=ASKED,
+    ),
+    Plant(
+        story="a START with other weights loads those it had: the version is new, the checkpoint is not",
+        where="interlock.core.commands:_with_version",
+        old="weights=weights,",
+        new="weights=fleet.weights if starts else weights,",
+        kinds=(),
+        found_at=1,
+        seeds_max=40,
+        shape=STARTED,
+    ),
+    Plant(
+        story="a launched engine serves at once: it believes the target that its last life stood at",
+        where="interlock.core.lifecycle:_hear",
+        old="heard=target, failed=None",
+        new="heard=target, failed=None, version=target.version if target.state is S.RUNNING else member.version",
+        kinds=(),
+        found_at=0,
+        seeds_max=40,
+        shape=STARTED,
     ),
 ]
 

@@ -16,7 +16,7 @@ from interlock.testing.sim.runs import report, run_seed
 from interlock.testing.sim.tokens import answer_to, next_token, spread, went_back, wrong_token
 from interlock.testing.sim.worlds import run_world
 
-SECONDS = 45.0
+SECONDS = 20.0
 PROMPT = [7, 7, 7]
 
 
@@ -57,7 +57,7 @@ class Process:
 def promises() -> tuple[Promises, list[str], Any]:
     told: list[str] = []
     process = cast("Any", Process())
-    runner = SimpleNamespace(member_state=SimpleNamespace(heard="something"))
+    runner = SimpleNamespace(member_state=SimpleNamespace(heard="something", state="RUNNING"))
     return Promises(told.append, cast("Any", {process: runner}), {}), told, process
 
 
@@ -84,10 +84,9 @@ def test_a_step_with_other_weights_than_somebody_was_told_is_seen() -> None:
 def test_a_hold_that_was_broken_while_it_was_asked_for_promises_nothing() -> None:
     ours, told, process = promises()
     before = ours.breaks_of("one")
-    ours.break_of("one")
-    ours.holds("one", 1.0, before)
-    ours.holds("one", 1.0, ours.breaks_of("one"))
-    ours.break_of("one")
+    with ours.breaking("one"), ours.breaking("one"):
+        ours.holds("one", 1.0, before)
+        ours.holds("one", 1.0, ours.breaks_of("one"))
     ours.stepped(process, "begins", "0")
     assert not told
     ours.holds("one", 2.0, ours.breaks_of("one"))
@@ -118,9 +117,11 @@ def test_without_faults_they_do_all_of_it() -> None:
         "everything is switched off",
         "is refused at epoch",
         "fails to update",
+        "was told that the fleet is stopped",
+        "was told that the fleet is started",
     }
     for seed in range(20):
-        shape = msgspec.structs.replace(shape_of(seed), weights=True, quiet=False, run_s=20.0)
+        shape = msgspec.structs.replace(shape_of(seed), weights=True, starts=True, quiet=False, run_s=20.0)
         result = run_world(seed, shape, [])
         assert result.ok, report(result)
         assert result.served
@@ -137,5 +138,37 @@ def test_the_coordinator_the_engines_and_the_fronts_die_at_every_moment_of_a_sus
         shape = msgspec.structs.replace(shape_of(seed), weights=True, run_s=16.0)
         names = ["coordinator", "engine-0", "front-0"]
         faults = [Fault(1.0 + 0.7 * n, "crash", names[n % 3]) for n in range(20)]
+        result = run_world(seed, shape, faults)
+        assert result.ok, report(result)
+
+
+def test_a_fleet_that_is_said_to_be_stopped_has_no_engine_that_goes_on_unless_somebody_starts_it() -> None:
+    ours, told, _ = promises()
+    asked = ours.stop_asked()
+    ours.start_asked()
+    ours.stop_done(asked)
+    assert not told
+    ours.stop_done(ours.stop_asked())
+    assert "is STOPPED, and" in told[0]
+
+
+def test_a_start_with_other_weights_promises_them_once_it_is_done() -> None:
+    ours, told, process = promises()
+    ours.update_asked("recompute")
+    ours.decided("3")
+    ours.start_done("3")
+    ours.stepped(process, "begins", "3")
+    assert not told
+    ours.stepped(process, "begins", "0")
+    assert "every engine stands with 3" in told[0]
+
+
+@pytest.mark.simulator
+@pytest.mark.timeout(120)
+def test_a_fleet_is_stopped_and_started_while_everybody_dies() -> None:
+    for seed in range(4):
+        shape = msgspec.structs.replace(shape_of(seed), weights=True, starts=True, run_s=16.0)
+        names = ["coordinator", "engine-0", "front-0"]
+        faults = [Fault(1.0 + 0.9 * n, "crash", names[n % 3]) for n in range(16)]
         result = run_world(seed, shape, faults)
         assert result.ok, report(result)

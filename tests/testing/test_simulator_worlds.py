@@ -1,7 +1,8 @@
-"""Whole fleets of the real classes on the simulated machine, for as many seeds as a minute holds."""
+"""Whole fleets of the real classes on the simulated machine, for as many seeds as the time holds (`make long`: thousands)."""
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import subprocess
@@ -12,17 +13,19 @@ import pytest
 
 from interlock.host.threads import monotonic_s
 from interlock.testing.sim.faults import KINDS, Fault, faults_of, shape_of
+from interlock.testing.sim.kernel import SimProcess
+from interlock.testing.sim.loop import SimFuture, SimTask
 from interlock.testing.sim.runs import report, run_seed, shrink
 from interlock.testing.sim.worlds import Result, run_world
 
-SECONDS = 60.0
+SECONDS = 40.0
 SEEDS_MAX = 400
 FOUND_BEFORE = (33, 46, 176, 327, 415, 480, 1012, 1024, 2494, 3275, 4229, 249, 928)
 """Seeds that once found a bug of ours (docs/testing.md)."""
 DIGESTS = """
 import hashlib
 from interlock.testing.sim.runs import run_seed
-for seed in (6, 12):
+for seed in (42, 44):
     print(hashlib.sha256("\\n".join(run_seed(seed).lines).encode()).hexdigest())
 """
 
@@ -34,7 +37,7 @@ def test_every_seed_that_fits_into_the_time_is_well() -> None:
     for seed in (*FOUND_BEFORE, *range(SEEDS_MAX)):
         result = run_seed(seed)
         assert result.ok, report(result)
-        if monotonic_s() - began_s > SECONDS:
+        if monotonic_s() - began_s > SECONDS and seed not in FOUND_BEFORE:
             break
 
 
@@ -85,7 +88,7 @@ def test_without_faults_every_request_is_answered() -> None:
 @pytest.mark.simulator
 def test_the_same_seed_gives_the_same_log_byte_for_byte_whatever_the_hash_seed() -> None:
     digests = []
-    for hash_seed in ("0", "1", "4711"):
+    for hash_seed in ("0", "4711"):
         environment = os.environ | {"PYTHONHASHSEED": hash_seed}
         run = subprocess.run(
             [sys.executable, "-c", DIGESTS],
@@ -97,7 +100,7 @@ def test_the_same_seed_gives_the_same_log_byte_for_byte_whatever_the_hash_seed()
         )
         digests.append(run.stdout)
     assert len(set(digests)) == 1
-    here = [hashlib.sha256("\n".join(run_seed(seed).lines).encode()).hexdigest() for seed in (6, 12)]
+    here = [hashlib.sha256("\n".join(run_seed(seed).lines).encode()).hexdigest() for seed in (42, 44)]
     assert digests[0].split() == here
 
 
@@ -130,3 +133,15 @@ def test_a_fleet_whose_only_engine_never_thaws_in_time_is_still_served_afterward
     shape = msgspec.structs.replace(shape_of(1), engines=1, stop=False, run_s=6.0)
     result = run_world(1, shape, [Fault(1.0, "freeze", "engine-0", seconds=60.0)])
     assert result.ok, report(result)
+
+
+@pytest.mark.simulator
+@pytest.mark.timeout(120)
+def test_a_run_leaves_nothing_behind() -> None:
+    """Each once left 4 MB: a `finally` that made a task after the run had asyncio set up a real loop, which kept the whole world."""
+    for seed in range(4):
+        shape = msgspec.structs.replace(shape_of(seed), run_s=3.0, stop=False, web=bool(seed % 2))
+        result = run_world(seed, shape, faults_of(seed, shape, KINDS))
+        assert result.ok, report(result)
+        left = [thing for thing in gc.get_objects() if isinstance(thing, (SimTask, SimFuture, SimProcess))]
+        assert not left, f"after {seed + 1} runs there are still {len(left)}, for instance {left[0]!r}"

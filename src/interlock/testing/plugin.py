@@ -6,6 +6,7 @@ import gc
 import random
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -14,26 +15,60 @@ from interlock.testing.proxy import FaultProxy
 from interlock.testing.sim.host import simulated_os
 from interlock.testing.sim.kernel import Kernel
 from interlock.testing.sim.loop import SimLoop
+from interlock.testing.sim.threads import blocking_seam
+
+LINES_MAX = 100
 
 
 class Simulation:
     """A kernel and its loop for one test: `kernel.start(machine, name, main, on_exit)`, then `run(story)`."""
 
     def __init__(self, seed: int) -> None:
+        self.seed = seed
         self.loop = SimLoop(random.Random(f"schedule {seed}"))
         self.kernel = Kernel(self.loop, random.Random(f"kernel {seed}"))
+        self.loop.set_exception_handler(self._on_unhandled)
+        self._unhandled: list[BaseException] = []
 
     def run(self, story: Callable[[], Awaitable[None]]) -> None:
-        """Until `story` ends; raises what it raises, and `Wedged` when nothing can happen any more."""
+        """Until `story` ends; raises what it raises, and `Wedged` when nothing can happen any more.
+
+        Else raises what a process's `main` or one of its tasks raised and nobody has looked at: a process that fails so has ended with
+        status 1 and `failure`; set that to None where it was meant to. Whatever is raised, the timeline is printed first.
+        """
 
         async def told() -> None:
             await story()
 
-        with simulated_os(self.kernel):
+        with simulated_os(self.kernel), blocking_seam():
             try:
                 self.loop.run_until_complete(told())
+                self._raise_failures()
+            except BaseException:
+                print(
+                    f"seed {self.seed}, the last lines of its timeline:",
+                    *self.kernel.lines[-LINES_MAX:],
+                    sep="\n",
+                )
+                raise
             finally:
                 self.kernel.bury()
+
+    def _on_unhandled(self, _: object, context: dict[str, Any]) -> None:
+        if isinstance(error := context.get("exception"), BaseException):
+            self._unhandled.append(error)
+
+    def _raise_failures(self) -> None:
+        everybody = {*self.kernel.ended, *self.kernel.processes.values()}
+        for process in sorted(everybody, key=str):
+            if process.failure is not None:
+                raise process.failure
+        for process in self.kernel.processes.values():
+            for task in () if process.dead else process.tasks:
+                if task.done() and task._log_traceback and (error := task.exception()) is not None:
+                    raise error
+        if self._unhandled:
+            raise self._unhandled[0]
 
     def close(self) -> None:
         self.loop.close()

@@ -11,10 +11,10 @@ from typing import TypeVar
 
 import msgspec
 
+from interlock.core.sampling import Sampling
 from interlock.core.targets import Mode
 from interlock.engines.base import Capabilities, Engine, Progress, RequestState, Work
 from interlock.testing.equality import Completion, compare
-from interlock.wire.engine_messages import Sampling
 
 POLL_SECONDS = 0.002
 T = TypeVar("T")

@@ -8,10 +8,10 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+from interlock.core.sampling import Sampling
 from interlock.core.targets import Mode
 from interlock.engines.base import TAKEN, EngineGone, NotStanding, RequestState, Unable, UpdateFailed
 from interlock.testing.engine_checks.bench import Bench, CheckFailed
-from interlock.wire.engine_messages import Sampling
 
 # --- weights -----------------------------------------------------------------------------------------------------
 

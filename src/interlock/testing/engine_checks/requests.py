@@ -6,10 +6,10 @@ import asyncio
 
 import msgspec
 
+from interlock.core.sampling import Sampling
 from interlock.core.targets import Mode
 from interlock.engines.base import RequestRejected, Work
 from interlock.testing.engine_checks.bench import Bench, Reader
-from interlock.wire.engine_messages import Sampling
 
 # --- streaming ---------------------------------------------------------------------------------------------------
 

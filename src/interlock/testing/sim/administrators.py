@@ -1,7 +1,8 @@
 """Who commands the simulated fleet. What they are told is law for the checks, from their answer until they ask for its end.
 
 In some worlds one administrator pauses now and then, by turns for two owners. In the others the two are people of their own, who
-update, suspend and resume as well, get in each other's way, and sometimes ask for what makes no sense.
+update, suspend and resume as well, in half of them stop and start it, get in each other's way, and sometimes ask for what makes no
+sense.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from interlock.core.errors import ChannelFault, InterlockError
+from interlock.core.targets import State
 from interlock.fleet.client import CommandFailed, FleetClient
 from interlock.testing.sim.host import SimHost
 from interlock.testing.sim.tokens import WEIGHTS
@@ -30,6 +32,8 @@ class Administrator:
     def __init__(self, world: World, host: SimHost, coordinator: str) -> None:
         self._world, self._host = world, host
         self._client = FleetClient(host, coordinator)
+        self._stopping = False
+        """For good: nobody starts it any more."""
         self._people = {
             owner: Person(
                 world, host, owner, FleetClient(host, coordinator) if world.shape.weights else self._client
@@ -46,11 +50,21 @@ class Administrator:
             await self._take_turns()
         for person in self._people.values():
             await person.let_go()
+        if self._world.shape.starts:
+            self._host.process.run(self._keep_up, "who starts a fleet that was left stopped")
         self._world.probed("admin")
         if self._world.shape.stop:
             await self._stop()
         await asyncio.Event().wait()
         return 0
+
+    async def _keep_up(self) -> None:
+        """Somebody stopped it and did not come to start it again; a STOP may even still be under way."""
+        person = self._people[OWNERS[0]]
+        while not self._stopping:
+            if await person.target() == State.STOPPED and not self._stopping:
+                await person.start()
+            await self._host.clock.sleep_s(0.3)
 
     async def _take_turns(self) -> None:
         rng = self._host.process.kernel.rng
@@ -63,7 +77,12 @@ class Administrator:
     async def _stop(self) -> None:
         while self._world.unserved(besides_stop=True):
             await self._host.clock.sleep_s(0.2)
-        self._world.aborting = True
+        if self._world.shape.starts:
+            while await self._people[OWNERS[0]].target() in (None, State.STOPPED):
+                await self._host.clock.sleep_s(
+                    0.2
+                )  # one of the others has stopped it, and it is about to be started
+        self._world.aborting = self._stopping = True
         asleep = self._world.shape.weights and self._host.process.kernel.rng.random() < 0.5
         while True:
             try:
@@ -139,6 +158,18 @@ class Person:
                 await self._host.clock.sleep_s(self._rng.choice((0.2, 0.5, 3.0)) * self._rng.random())
                 if self._rng.random() < 0.9:
                     await self.resume()
+        if self._world.shape.starts and self._rng.random() < 0.15:
+            await self._stop_and_start()
+
+    async def _stop_and_start(self) -> None:
+        """Every engine ends, and new ones are launched: perhaps with other weights."""
+        await self.stop()
+        await self._host.clock.sleep_s(self._rng.choice((0.0, 0.5, 3.0)) * self._rng.random())
+        version = self._world.next_version() if self._rng.random() < 0.3 else None
+        while not await self.start(version):
+            if await self.target() not in (None, State.STOPPED):
+                break  # refused because it does not stand still, or somebody else was faster
+            await self._host.clock.sleep_s(self._rng.uniform(0.1, 1.0))
 
     async def update(self) -> bool:
         """To the next version."""
@@ -178,20 +209,66 @@ class Person:
             "resume", self._client.resume(owner=self.owner, timeout_s=self._rng.uniform(1.0, 5.0))
         )
 
+    async def stop(self) -> bool:
+        """From PAUSED or SUSPENDED; in some cases also from RUNNING, by way of a pause."""
+        self._world.aborting = True
+        self._world.wakes()  # what a suspended fleet kept ends with it
+        asked = self._world.promises.stop_asked()
+        stopping = self._client.stop(
+            owner=self.owner, timeout_s=self._rng.uniform(1.0, 6.0), composite=self._rng.random() < 0.5
+        )
+        with self._world.promises.breaking(*OWNERS):
+            done = await self._told("stop", stopping)
+        if done:
+            self._world.kernel.note(f"{self.owner} was told that the fleet is stopped")
+            self._world.promises.stop_done(asked)
+        return done
+
+    async def start(self, version: str | None = None) -> bool:
+        """A START begins without holds, whosever they were. `version`: with other weights than it had."""
+        promises = self._world.promises
+        promises.start_asked()
+        asked = promises.update_asked("recompute") if version is not None else None
+
+        def refused() -> None:
+            if asked is not None and not self._world.spoilt:
+                promises.update_refused(asked)
+
+        starting = self._client.start(
+            owner=self.owner,
+            timeout_s=self._rng.uniform(2.0, 10.0),
+            version=version,
+            weights=WEIGHTS + version if version is not None else "",
+        )
+        with promises.breaking(*OWNERS):
+            done = await self._told(f"start{f' with {version}' if version else ''}", starting, refused)
+        if done:
+            self._world.kernel.note(f"{self.owner} was told that the fleet is started")
+            if version is not None and asked is not None:
+                promises.start_done(version)
+        return done
+
+    async def target(self) -> str | None:
+        """The state that the fleet shall be in; None while nobody can say."""
+        try:
+            return (await self._client.status(1.0)).target
+        except FAILURES:
+            return None
+
     async def _meddle(self) -> None:
         """Commands out of the blue; most are refused."""
-        command: Callable[[], Awaitable[object]] = self._rng.choice((self.update, self.suspend, self.resume))
+        commands: list[Callable[[], Awaitable[object]]] = [self.update, self.suspend, self.resume]
+        if self._world.shape.starts:
+            commands.append(self.start)
+        command = self._rng.choice(commands)
         await command()
 
     async def _break_hold(self) -> None:
         """An administrator's privilege: by name."""
         other = OWNERS[1 - OWNERS.index(self.owner)]
-        self._world.promises.break_of(other)
-        try:
+        with self._world.promises.breaking(other):
             breaking = self._client.unpause(owner=self.owner, break_hold_of=other, timeout_s=3.0)
             await self._told(f"break the hold of {other}", breaking)
-        finally:
-            self._world.promises.break_of(other)
 
     async def let_go(self) -> None:
         """UNPAUSE, as often as it takes until it is done or refused because nothing is held.

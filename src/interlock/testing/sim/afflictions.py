@@ -11,7 +11,7 @@ from interlock.testing.sim.faults import Fault, Shape
 from interlock.testing.sim.kernel import KILLED, Kernel
 
 STATES = Path("/var/lib/interlock")
-ELSEWHERE = ("admin", "launcher")
+ELSEWHERE = ("admin", "launcher", "web")
 """They stand for people who are somewhere else."""
 
 
@@ -47,7 +47,7 @@ class Afflicted(Checks):
             case "slow":
                 network.slow[one, other] = 50.0
                 loop.later(fault.seconds, network.slow.pop, (one, other), None)
-            case "disk-full" | "disk-errors" | "power-cut" | "clock-back":
+            case "disk-full" | "disk-errors" | "disk-slow" | "power-cut" | "clock-back":
                 self._inflict_on_machine(fault)
             case "dies-at-disk" if process is not None:
                 process.die_at_disk = fault.detail
@@ -76,9 +76,12 @@ class Afflicted(Checks):
             case "disk-errors":
                 disk.failing = 0.3
                 loop.later(fault.seconds, setattr, disk, "failing", 0.0)
+            case "disk-slow":
+                disk.slow_s = float(fault.detail)
+                loop.later(fault.seconds, setattr, disk, "slow_s", 0.0)
             case "power-cut":
                 for process in list(machine.processes.values()):
-                    if process.name not in ELSEWHERE:
+                    if process.name.split("-")[0] not in ELSEWHERE:
                         process.end(KILLED)
                 disk.power_cut()
             case "clock-back":
@@ -89,20 +92,20 @@ class Afflicted(Checks):
         if not self.calm:
             self.kernel.note("everything is switched off")
             for process in list(self.kernel.processes.values()):
-                if process.name not in ELSEWHERE and not process.dead:
+                if process.name.split("-")[0] not in ELSEWHERE and not process.dead:
                     process.end(KILLED)
 
     def relent(self) -> None:
         """The faults cease."""
         self.kernel.note("the faults cease")
-        self.calm = True
+        self.calm, self.calm_s = True, self.kernel.loop.time()
         network = self.kernel.network
         for way in list(network._cuts):
             network._cuts[way] = 1
             network.heal(*way)
         network.slow.clear()
         for machine in self.kernel.machines.values():
-            machine.disk.full, machine.disk.failing = False, 0.0
+            machine.disk.full, machine.disk.failing, machine.disk.slow_s = False, 0.0, 0.0
         for process in list(self.kernel.processes.values()):
             process.die_at_disk = None
             process.thaw()

@@ -24,8 +24,11 @@ if TYPE_CHECKING:
     from interlock.testing.sim.engine import SimEngine
     from interlock.testing.sim.host import SimMemory
     from interlock.testing.sim.kernel import Kernel, SimProcess
+    from interlock.web.front import Front
 
 VIOLATIONS_MAX = 8
+LEFT_SECONDS = 3.0
+"""How long a front may take, when nothing fails any more, to abort what a client has left."""
 
 
 class Reading(msgspec.Struct, eq=False):
@@ -57,11 +60,16 @@ class Checks:
         self.engines: dict[SimProcess, SimEngine] = {}
         self.dispatchers: dict[SimProcess, Dispatcher] = {}
         self.nodes: dict[SimProcess, tuple[Node, SimMemory]] = {}
-        self.stopped_engines: set[str] = set()
+        self.fronts: dict[SimProcess, Front] = {}
+        """Those that are asked over HTTP."""
         self.aborting = False
         """Somebody asked for a pause that aborts, or for a stop: an end "abort" is then a true end."""
         self.promises = Promises(self.violation, self.runners, self.engines)
         self.open: dict[str, Reading] = {}
+        self.left: dict[str, tuple[SimProcess, float]] = {}
+        """Requests whose client has closed its connection, and when: their front is to abort them."""
+        self.calm_s = 0.0
+        """Since when."""
         self._orphans: dict[str, dict[str, Reading]] = {}
         """By front: what its earlier lives had open."""
         self.spoilt: set[str] = set()
@@ -87,7 +95,7 @@ class Checks:
 
     def forget(self, process: SimProcess) -> None:
         """It is gone: what it held is over."""
-        for things in (self.runners, self.engines, self.dispatchers, self.nodes):
+        for things in (self.runners, self.engines, self.dispatchers, self.nodes, self.fronts):
             things.pop(process, None)
         for request, reading in list(self.open.items()):
             if reading.front is process:
@@ -188,6 +196,17 @@ class Checks:
                     self.violation(f"the books of {process}'s {kind} do not balance: {error!r}")
         for node, memory in self.nodes.values():
             self._check_slab(node, memory)
+        self._check_left()
+
+    def _check_left(self) -> None:
+        """Nothing runs on for a client who has left. While faults go on its front may be the last to hear of it."""
+        for request, (front, left_s) in list(self.left.items()):
+            dispatcher = self.dispatchers.get(front)
+            if dispatcher is None or dispatcher.ledger.get(request) is None:
+                del self.left[request]
+            elif self.calm and self.kernel.loop.time() > max(left_s, self.calm_s) + LEFT_SECONDS:
+                del self.left[request]
+                self.violation(f"request {request} of {front} runs on, and its client left at {left_s:.3f} s")
 
     def check_wake_ups(self) -> None:
         """When nothing is ready, nobody sleeps over messages."""
@@ -201,12 +220,19 @@ class Checks:
     def check_left_over(self) -> None:
         """Served and idle: nothing is held for anybody."""
         for process, dispatcher in self.dispatchers.items():
-            entries = [entry.request.id for entry in dispatcher.ledger.entries()]
+            entries = {entry.request.id for entry in dispatcher.ledger.entries()} - set(dispatcher.parked)
             if entries:
-                self.violation(f"{process} still has requests: {entries}")
+                self.violation(f"{process} still has requests: {sorted(entries)}")
+        # Those of a front that died before it had told a client the answer's name run on for as long as somebody may come for them.
+        waiting = sum(len(dispatcher.parked) for dispatcher in self.dispatchers.values())
         for process, runner in self.runners.items():
-            if runner.desk is not None and runner.desk.requests:
+            if runner.desk is not None and runner.desk.requests > waiting:
                 self.violation(f"{process} still has {runner.desk.requests} requests that nobody wants")
+        for process, front in self.fronts.items():
+            if front.body_bytes:
+                self.violation(
+                    f"{process} still counts {front.body_bytes} bytes of requests that it has answered"
+                )
         for process, (node, _) in self.nodes.items():
             count = node.store.slots.count
             for state in (SlotState.WRITING, SlotState.QUARANTINED):
@@ -217,6 +243,9 @@ class Checks:
         for request, reading in self.open.items():
             self.violation(f"request {request} of {reading.front} never ended")
         for process in self.kernel.processes.values():
+            for task in () if process.dead else process.tasks:
+                if task.done() and task._log_traceback:  # nobody has looked at it
+                    self.unhandled({"task": task, "exception": task.exception()})
             allowed = 1 if process in self.nodes else 0
             if not process.dead and len(process.fds) > allowed:
                 self.violation(f"{process} holds {len(process.fds)} descriptors, {allowed} are in use")

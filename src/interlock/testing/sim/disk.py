@@ -101,6 +101,8 @@ class SimDisk:
         self.full = False
         self.failing = 0.0
         """Share of calls that end with EIO."""
+        self.slow_s = 0.0
+        """How long a call takes, on average."""
         self.open_files: dict[int, tuple[Inode, str]] = {}
         self.locks: dict[str, Any] = {}
         """Who has a directory (`directories.Lock`)."""
@@ -269,6 +271,8 @@ class SystemCalls:
         inode = self.disk.names.get(name)
         if inode is not None and flags & os.O_EXCL:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), name)
+        if inode is None and not flags & os.O_CREAT:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
         if inode is None:
             inode = self.disk.create(name)
         return self.disk.open_inode(inode, name)
@@ -291,9 +295,26 @@ class SystemCalls:
         inode.now += data
         return len(data)
 
+    def pwrite(self, fd: int, data: memoryview, offset: int) -> int:
+        """Of bytes that the file has: they need no room. Whoever dies in it leaves some of them."""
+        inode, _ = self.disk.open_files[fd]
+        assert offset + len(data) <= inode.size, "a write in place does not grow a file"
+        old, new = inode.now, bytes(data)
+        try:
+            self._caller.at_disk("write")
+            self.disk.trouble()
+        except BaseException:
+            new = self.disk.some_of(new)
+            raise
+        finally:
+            inode.now = old[:offset] + new + old[offset + len(new) :]
+        return len(new)
+
     def fsync(self, fd: int) -> None:
         self._caller.at_disk("fsync")
         self.disk.sync(fd)
+
+    fdatasync = fsync
 
     def rename(self, source: str | Path, target: str | Path) -> None:
         self._caller.at_disk("rename")

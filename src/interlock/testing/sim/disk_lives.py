@@ -5,7 +5,8 @@ sockets or fleets. Each life opens what the last one left, publishes blocks whos
 ones, and ends: it closes, it dies inside any call to the disk, or the power fails with whatever was not synced torn and reordered.
 Between lives bits flip, files are cut short, strangers' files appear; within them the disk fills up and fails.
 
-Checked: what is published after a promotion is exactly what was saved under that key (bytes and checksums); slots balance after
+Checked: what is published after a promotion is exactly what was saved under that key (bytes and checksums); what a deleted tenant had stored
+never comes up again; slots balance after
 every step; at rest the books name the files that are there and the bound in bytes is kept; a life after faults works again.
 """
 
@@ -68,6 +69,7 @@ class Outcome(msgspec.Struct):
     repaired: int = 0
     bad_blocks: int = 0
     packs_aside: int = 0
+    deleted: int = 0
     wrong: list[str] = msgspec.field(default_factory=list)
 
     def add(self, other: Outcome) -> None:
@@ -117,8 +119,33 @@ class _Host:
 
 
 @functools.cache
-def chain_of(number: int) -> list[bytes]:
-    return [hashlib.blake2b(b"%d/%d" % (number, i), digest_size=32).digest() for i in range(CHAIN_BLOCKS)]
+def chain_of(number: int, generation: int = 0) -> list[bytes]:
+    """A chain of one tenant's; after his deletion he stores others."""
+    names = [b"%d/%d/%d" % (generation, number, i) for i in range(CHAIN_BLOCKS)]
+    return [hashlib.blake2b(name, digest_size=32).digest() for name in names]
+
+
+class Tenants:
+    """Who stores what on one disk: each chain is one tenant's, and what was stored before his deletion must not come back."""
+
+    def __init__(self) -> None:
+        self.generation = [0] * CHAINS
+        self._live = {key: n for n in range(CHAINS) for key in chain_of(n)}
+
+    def chain(self, number: int, rng: random.Random) -> list[bytes]:
+        """What he stores now, or (whoever asks) what he stored before."""
+        return chain_of(number, rng.randrange(self.generation[number] + 1))
+
+    def now(self, number: int) -> list[bytes]:
+        return chain_of(number, self.generation[number])
+
+    def deleted(self, number: int) -> None:
+        self._live = {key: n for key, n in self._live.items() if n != number}
+        self.generation[number] += 1
+        self._live.update(dict.fromkeys(self.now(number), number))
+
+    def allows(self, key: bytes) -> bool:
+        return key in self._live
 
 
 @functools.cache
@@ -143,8 +170,10 @@ class Slab:
 class Life:
     """One life of a node over the platter."""
 
-    def __init__(self, disk: SimDisk, rng: random.Random, incarnation: int, outcome: Outcome) -> None:
-        self.disk, self.rng, self.outcome = disk, rng, outcome
+    def __init__(
+        self, disk: SimDisk, rng: random.Random, incarnation: int, outcome: Outcome, tenants: Tenants
+    ) -> None:
+        self.disk, self.rng, self.outcome, self.tenants = disk, rng, outcome, tenants
         self.machine = SimpleNamespace(disk=disk)
         self.die_at_disk = None
         self._seen: set[tuple[bytes, int]] = set()
@@ -203,9 +232,10 @@ class Life:
 
     async def _step(self) -> None:
         choice = self.rng.random()
-        keys = chain_of(self.rng.randrange(CHAINS))
+        number = self.rng.randrange(CHAINS)
+        keys = self.tenants.chain(number, self.rng)
         if choice < 0.4:
-            self._publish(keys)
+            self._publish(self.tenants.now(number), str(number))
         elif choice < 0.75:
             self._ask(keys)
         elif choice < 0.8:
@@ -220,11 +250,28 @@ class Life:
             self.disk.failing = 0.2
         elif choice < 0.94:
             self._relent()
-        elif choice < 0.96 and self.disk.names:
+        elif choice < 0.955:
+            await self._delete_tenant(number)
+        elif choice < 0.97 and self.disk.names:
             self.disk.flip_bit(self.rng.choice(list(self.disk.names)))
         await asyncio.sleep(self.rng.choice([0.0, 0.01, 0.1, 3.0]))
 
-    def _publish(self, keys: list[bytes]) -> None:
+    async def _delete_tenant(self, number: int) -> None:
+        """As a node does. Said to be done, it is so for ever; until it is, nothing of it comes up."""
+        self.store.promotions.holds = lambda _, tenant: tenant == str(number)
+
+        def wanted(block: Any) -> bool:
+            return bool(block.tenant == str(number))
+
+        for block in [block for block in self.store.shelf if wanted(block)]:
+            self.store.shelf.withdraw(block.key, block.slot)
+        _, whole = await self.tier.sweep(wanted)
+        self.store.promotions.holds = lambda *_: False
+        if whole:
+            self.tenants.deleted(number)
+            self.outcome.deleted += 1
+
+    def _publish(self, keys: list[bytes], tenant: str) -> None:
         """Saves a prefix as a session of the whole block's writer would: the slot, its bytes, their checksums."""
         layout = LAYOUTS[keys[0][0] % 2]
         number = self.store.layout(layout)
@@ -232,13 +279,14 @@ class Life:
             if key in self.store.shelf or self.store.under_way(key):
                 continue
             parent = keys[i - 1] if i else b""
-            slots = self.store.shelf.take_slots(number, [parent])
+            slots = self.store.shelf.take_slots(number, [parent], tenant)
             if not slots:
                 return
             binding = Binding(key, slots[0], self.incarnation, self.incarnation + 7)
             data = bytes_of(key, layout)
             self.slab[slots[0] * PAGE : slots[0] * PAGE + len(data)] = data
-            block = Block(key, parent, number, slots[0], pack_sums(block_checksums(binding, layout, data)))
+            sums = pack_sums(block_checksums(binding, layout, data))
+            block = Block(key, parent, number, slots[0], sums, tenant)
             self.store.shelf.publish([block])
             self.store.on_publish(block)
             self.outcome.published += 1
@@ -275,6 +323,8 @@ class Life:
             binding = Binding(block.key, block.slot, self.incarnation, self.incarnation + 7)
             if bytes(data) != bytes_of(block.key, layout):
                 self.outcome.wrong.append(f"life {self.incarnation}: wrong bytes under {block.key.hex()[:8]}")
+            if not self.tenants.allows(block.key):
+                self.outcome.wrong.append(f"life {self.incarnation}: {block.key.hex()[:8]} was deleted")
             if not verify_block(binding, layout, data, block.checksums):
                 self.outcome.wrong.append(f"life {self.incarnation}: {block.key.hex()[:8]} fails its check")
 
@@ -337,10 +387,10 @@ def live_through(seed: int, lives: int) -> Outcome:
     """Plays `lives` lives of one disk from one seed. What must not be is in the outcome's `wrong`."""
     rng = random.Random(seed)
     disk = SimDisk(rng)
-    outcome = Outcome(seed)
+    outcome, tenants = Outcome(seed), Tenants()
     logging.getLogger("interlock.store.packs").setLevel(logging.CRITICAL)
     for incarnation in range(1, lives + 1):
-        life = Life(disk, rng, incarnation, outcome)
+        life = Life(disk, rng, incarnation, outcome, tenants)
         loop = SimLoop(rng)
         try:
             loop.run_until_complete(life.live())

@@ -17,7 +17,7 @@ from interlock.core.endpoint_state import Lane as LaneName
 from interlock.core.errors import RemoteProtocolError
 from interlock.host.base import Host, Listener, Peer, Stream
 from interlock.host.bulk import BulkListener, BulkSocket
-from interlock.transfer.lanes.base import Pairing
+from interlock.transfer.lanes.base import LaneUnusable, Pairing
 from interlock.transfer.lanes.sockets import Admission, SocketKind, SocketLane
 from interlock.transfer.segments import SegmentTable
 
@@ -176,7 +176,10 @@ class SimLane(SocketLane):
 
 
 class SimKind(SocketKind):
-    """The real `SocketKind`: its acceptor, its tokens, its dialling; only the sockets are streams of the simulated host."""
+    """The real `SocketKind`: its acceptor, its tokens, its dialling; only the sockets are streams of the simulated host.
+
+    `walled`: addresses that begin so cannot be dialled by anybody, as behind a firewall.
+    """
 
     kind = "sim"
     rank = 1
@@ -190,8 +193,10 @@ class SimKind(SocketKind):
         admission: Admission,
         told: Callable[[Pairing, bytes], None],
         address: str,
+        walled: str,
     ) -> None:
         super().__init__(host.clock, me, cast("Any", None), segments, admission, connections=1)
+        self._walled = walled
         self._host, self._life, self._told, self._address = host, life, told, address
         self._arrivals = _Arrivals(address)
         self._open: Listener | None = None
@@ -216,6 +221,8 @@ class SimKind(SocketKind):
             offer = msgspec.msgpack.decode(parameters, type=_Offer)
         except msgspec.MsgspecError as error:
             raise RemoteProtocolError(f"the offer is none: {error}") from error
+        if offer.address.startswith(self._walled):
+            raise LaneUnusable("a wall stands before it")
         return cast("BulkSocket", _Socket(await self._host.connect(offer.address))), offer.secret
 
     def make_lane(

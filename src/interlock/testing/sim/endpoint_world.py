@@ -5,8 +5,10 @@ listing. Made up: what goes over a lane (`endpoint_lanes`). Faults: crash and re
 directions, resets, half-open connections, slow ways; several at a time.
 
 Checked: an answer over a lane is of the life with which it was paired, and never a refusal; an `open` ends by its deadline; SETTLE_SECONDS after the last
-fault each pair is connected, both sides name the connection alike, and it carries; no stream is left that nobody owns; nothing is logged
-as an error.
+fault each pair is connected, both sides name the connection alike, and it carries, over lanes of that connection alone and one control
+channel; no stream is left that nobody owns; nothing is logged as an error. Where no fault was, each `open` takes QUICK_SECONDS at most.
+
+In some worlds nobody can dial one of the peers' lanes, and in some an engine opens to one peer at a time (its gate has one place).
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from unittest import mock
 import msgspec
 
 from interlock.core.errors import InterlockError, StaleError
+from interlock.core.limits import LANE_PATIENCE_SECONDS
 from interlock.membership.directory import StaticDirectory
 from interlock.testing.sim.endpoint_lanes import REFUSED, SimKind, SimLane
 from interlock.testing.sim.host import SimHost, simulated_os
@@ -32,13 +35,17 @@ from interlock.testing.sim.kernel import KILLED, Kernel, SimProcess
 from interlock.testing.sim.loop import SimLoop
 from interlock.transfer import engine as engine_module
 from interlock.transfer.engine import TransferEngine, TransferFailed
+from interlock.transfer.gate import Gate
 from interlock.transfer.lanes.base import Pairing
+from interlock.transfer.peer import Peer
 from interlock.wire.identity import load_identity
 
 RUN_SECONDS = 25.0
 SETTLE_SECONDS = 30.0
 OPEN_SECONDS = 8.0
 SLACK_SECONDS = 1.0
+QUICK_SECONDS = 0.3
+"""Without faults nothing is lost, so no handshake waits for a word to be repeated."""
 RETIRES = 0.05
 """How often one who opens retires what is there first: so that opens cross, and come while a retirement is under way."""
 KINDS = ("crash", "crash", "freeze", "cut", "one-way-cut", "reset", "half-open", "slow", "retire")
@@ -63,6 +70,10 @@ class EndpointWorld:
         self.loop = SimLoop(random.Random(f"schedule {seed}"))
         self.kernel = Kernel(self.loop, random.Random(f"kernel {seed}"))
         self.names = [f"peer-{letter}" for letter in "abc"[: self.rng.choice((2, 2, 3))]]
+        shape = random.Random(f"shape {seed}")
+        self.walled = shape.choice((None, None, self.names[0], self.names[-1]))
+        self.is_narrow = shape.random() < 0.5
+        self.count = self.rng.choice((0, 1, 2, 4, 8))
         self.engines: dict[str, TransferEngine] = {}
         self.seen = Seen()
         self.wrong: list[str] = []
@@ -112,7 +123,8 @@ class EndpointWorld:
     ) -> dict[str, Any]:
         life = f"{me}@{segments.incarnation}".encode()
         address = f"unix:/lanes-of-{me}-{segments.incarnation}"
-        return {"sim": SimKind(host, me, life, segments, admission, self._was_read, address)}
+        walled = f"unix:/lanes-of-{self.walled}-"
+        return {"sim": SimKind(host, me, life, segments, admission, self._was_read, address, walled)}
 
     def _was_read(self, pairing: Pairing, answer: bytes) -> None:
         self.seen.reads += 1
@@ -137,6 +149,8 @@ class EndpointWorld:
         host.files.make_private_dir(folder)
         me = load_identity(host, folder, name)
         engine = TransferEngine(cast("Any", host), me, f"unix:/{name}", directory=directory)
+        if self.is_narrow:
+            engine._hearing._gate = Gate(1)
         await engine.start()
         self.engines[name] = engine
         try:
@@ -163,6 +177,11 @@ class EndpointWorld:
         try:
             await engine.open(peer, timeout_s=OPEN_SECONDS)
             self.seen.opened += 1
+            quick_s = QUICK_SECONDS + (2 * LANE_PATIENCE_SECONDS if self.walled else 0.0)
+            if self.count == 0 and not self.is_narrow and self.loop.time() - begun_s > quick_s:
+                self.wrong.append(
+                    f"{name} opened to {peer} in {self.loop.time() - begun_s:.2f} s with no fault"
+                )
             await self._read(engine, peer, begun_s + OPEN_SECONDS - self.loop.time())
         except (TransferFailed, ConnectionError, EOFError, TimeoutError):
             pass  # what befalls it is named; what it is told is judged in `_was_read`
@@ -184,8 +203,7 @@ class EndpointWorld:
     async def _story(self) -> None:
         for name in self.names:
             self._start(name)
-        count = self.rng.choice((0, 1, 2, 4, 8))
-        plan = sorted((self.rng.uniform(0.0, RUN_SECONDS), self.rng.choice(KINDS)) for _ in range(count))
+        plan = sorted((self.rng.uniform(0.0, RUN_SECONDS), self.rng.choice(KINDS)) for _ in range(self.count))
         tasks = [asyncio.create_task(self._fault(at_s, kind)) for at_s, kind in plan]
         await asyncio.sleep(RUN_SECONDS)
         await asyncio.gather(*tasks)
@@ -276,6 +294,7 @@ class EndpointWorld:
         for peer in engine._peers:
             read = False
             owned += len(peer.link._channels)
+            self._check_kept(name, peer)
             for lanes in peer.driver._lanes.values():
                 owned += sum(len(cast("SimLane", lane).links) for lane in lanes.values())
             for lane in peer.driver.usable:
@@ -291,6 +310,13 @@ class EndpointWorld:
             self.wrong.append(f"{name} has {streams} streams open and needs {owned}: {to}")
         if len(engine._hearing._gate):
             self.wrong.append(f"{name} keeps places in its gate for {len(engine._hearing._gate)}")
+
+    def _check_kept(self, name: str, peer: Peer) -> None:
+        state = peer.driver.state
+        if old := set(peer.driver._lanes) - {(state.stamp, state.theirs)}:
+            self.wrong.append(f"{name} keeps lanes to {peer.name} of pairings that are over: {old}")
+        if len(peer.link._channels) != 1:
+            self.wrong.append(f"{name} has {len(peer.link._channels)} control channels to {peer.name}")
 
 
 @contextmanager

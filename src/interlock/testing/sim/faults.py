@@ -31,6 +31,10 @@ class Shape(msgspec.Struct, frozen=True):
     """Nobody pauses the fleet."""
     weights: bool = False
     """Two people command it, who update its weights, suspend and resume it, too."""
+    starts: bool = False
+    """They also stop it whole, and start it again."""
+    web: bool = False
+    """Each front is asked over HTTP, too."""
 
 
 class Fault(msgspec.Struct, frozen=True):
@@ -64,6 +68,8 @@ def shape_of(seed: int) -> Shape:
         stop=rng.random() < 0.3,
         clients=random.Random(f"clients {seed}").random() < 0.5,
         weights=random.Random(f"weights {seed}").random() < 0.6,
+        starts=random.Random(f"starts {seed}").random() < 0.5,
+        web=random.Random(f"web {seed}").random() < 0.4,
     )
 
 
@@ -76,6 +82,10 @@ def faults_of(seed: int, shape: Shape, kinds: Sequence[str]) -> list[Fault]:
     drawn = [_draw(rng, shape, rng.choice(others)) for _ in range(count)] if others else []
     if "rot" in kinds:
         drawn += _rot(seed, shape)
+    if "disk" in kinds:
+        drawn += _slow(seed, shape)
+    if shape.web:
+        drawn += _web(seed, shape, kinds)
     return sorted(drawn, key=lambda fault: fault.at_s)
 
 
@@ -107,6 +117,34 @@ def _rot(seed: int, shape: Shape) -> list[Fault]:
         at_s, target = rng.uniform(0.3, shape.run_s * 0.9), rng.choice(names)
         faults.append(Fault(at_s, "bit-flip", target))
         faults.append(Fault(at_s, "crash", target))  # what is flipped is read at the next start
+    return faults
+
+
+def _slow(seed: int, shape: Shape) -> list[Fault]:
+    """A disk that takes its time: whoever waits for it in a thread is late, whoever calls it from his loop stands still."""
+    rng = random.Random(f"slow {seed}")
+    if rng.random() > 0.25:
+        return []
+    at_s, seconds = rng.uniform(0.3, shape.run_s * 0.9), rng.choice((0.5, 3.0, 10.0))
+    return [Fault(at_s, "disk-slow", "host-a", seconds=seconds, detail=str(rng.choice((0.01, 0.1, 0.5))))]
+
+
+def _web(seed: int, shape: Shape, kinds: Sequence[str]) -> list[Fault]:
+    """What befalls answers under way over HTTP: their front dies, or the way to it. From a source of their own, too."""
+    rng = random.Random(f"web faults {seed}")
+    faults = []
+    for _ in range(rng.choice((0, 1, 2, 4))):
+        at_s, number = rng.uniform(0.3, shape.run_s * 0.9), rng.randrange(shape.fronts)
+        one, other, seconds = f"web-{number}", f"front-{number}", rng.choice((0.5, 2.0, 12.0))
+        if rng.random() < 0.5:
+            one, other = other, one
+        what = rng.choice(("crash", "crash", "cut", "one-way-cut", "reset", "half-open", "slow"))
+        if what == "crash" and "crash" in kinds:
+            faults.append(Fault(at_s, what, f"front-{number}"))
+        elif what in ("reset", "half-open") and "net" in kinds:
+            faults.append(Fault(at_s, what, one, other))
+        elif what != "crash" and "net" in kinds:
+            faults.append(Fault(at_s, what, one, other, seconds))
     return faults
 
 

@@ -20,7 +20,7 @@ from interlock.testing.sim.directories import SimDirectory
 from interlock.testing.sim.disk import SystemCalls, files_on
 from interlock.testing.sim.kernel import FD_FIRST, KILLED, Kernel, ProcessEnded, SimProcess, running_pid
 from interlock.testing.sim.loop import PROCESS
-from interlock.testing.sim.network import SimStream
+from interlock.testing.sim.streams import SimStream
 
 T = TypeVar("T")
 THREAD_SECONDS_MAX = 0.003
@@ -144,8 +144,12 @@ class SimHost:
     async def in_thread(self, function: Callable[..., T], *args: Any) -> T:
         rng = self.process.kernel.rng
         await asyncio.sleep(rng.random() * THREAD_SECONDS_MAX)
-        result = function(*args)
-        await asyncio.sleep(rng.random() * THREAD_SECONDS_MAX)
+        self.process.thread_owes_s = 0.0
+        try:
+            result = function(*args)
+        finally:
+            late_s, self.process.thread_owes_s = self.process.thread_owes_s, None
+        await asyncio.sleep(late_s + rng.random() * THREAD_SECONDS_MAX)
         return result
 
     async def listen(self, address: str, serve: Callable[[Stream], Awaitable[None]]) -> Listener:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import errno
+import logging
 import os
 import random
 import warnings
@@ -21,7 +22,8 @@ from interlock.testing.sim.loop import PROCESS, SimLoop
 
 if TYPE_CHECKING:
     from interlock.testing.sim.host import SimHost
-    from interlock.testing.sim.network import Network, SimListener, SimStream
+    from interlock.testing.sim.network import Network, SimListener
+    from interlock.testing.sim.streams import SimStream
     from interlock.testing.sim.threads import SimThread
 
 FD_FIRST = 1_000_000
@@ -71,6 +73,9 @@ class SimProcess:
         self.host: SimHost
         self.die_at_disk: str | None = None
         """The next system call of that name is the last thing this process does."""
+        self.thread_owes_s: float | None = None
+        """How long the disk has kept the function that runs `in_thread` now; None: none does."""
+        self._stalls = 0
         self.context = contextvars.Context()
         self.context.run(PROCESS.set, self)
         self._tasks: list[asyncio.Task[Any]] = []
@@ -85,7 +90,7 @@ class SimProcess:
 
     @property
     def frozen(self) -> bool:
-        return self.status is Status.FROZEN
+        return self.status is Status.FROZEN or self._stalls > 0
 
     @property
     def tasks(self) -> list[asyncio.Task[Any]]:
@@ -118,6 +123,15 @@ class SimProcess:
             self.kernel.note(f"{self} goes on")
             self.kernel.loop.release(self)
 
+    def stall(self, seconds: float) -> None:
+        """Its loop is inside a system call for so long."""
+        self._stalls += 1
+        self.kernel.loop.later(seconds, self._returns)
+
+    def _returns(self) -> None:
+        self._stalls -= 1
+        self.kernel.loop.release(self)
+
     def end(self, status: int) -> None:
         """It is gone, from this moment on."""
         if self.dead:
@@ -144,6 +158,12 @@ class SimProcess:
             self.kernel.note(f"{self} dies in {call}()")
             self.end(KILLED)
             raise ProcessEnded
+        if self.machine.disk.slow_s:
+            seconds = self.kernel.rng.expovariate(1.0 / self.machine.disk.slow_s)
+            if self.thread_owes_s is None:
+                self.stall(seconds)
+            else:
+                self.thread_owes_s += seconds
 
     # --- descriptors -----------------------------------------------------------------------------------------------
 
@@ -242,15 +262,30 @@ class Kernel:
     def bury(self) -> None:
         """After a run: closes what is left of all coroutines, whose `finally` blocks reach nobody any more."""
         self.buried = True
+        self.loop.set_exception_handler(lambda *_: None)
         for process in [*self.ended, *self.processes.values()]:
             process.status = Status.DEAD
         for thread in self.threads:
             thread.kill()
-        for process in [*self.ended, *self.processes.values()]:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", RuntimeWarning)  # what a dead coroutine would have awaited
-                for task in process.tasks:
-                    _close(task)
+        # A `finally` that makes a task makes it here, and in its process: without a loop that runs asyncio would set up a real one
+        # for it, which outlives the run, and the run with it.
+        asyncio._set_running_loop(self.loop)
+        silenced = logging.root.manager.disable
+        logging.disable()  # what they say about it is nobody's business
+        try:
+            for process in [*self.ended, *self.processes.values()]:
+                process.context.copy().run(_close_all, process.tasks)
+        finally:
+            logging.disable(silenced)
+            asyncio._set_running_loop(None)
+
+
+def _close_all(tasks: list[asyncio.Task[Any]]) -> None:
+    """The list grows meanwhile, by what they make."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # what a dead coroutine would have awaited
+        for task in tasks:
+            _close(task)
 
 
 def _close(task: asyncio.Task[Any]) -> None:

@@ -91,6 +91,8 @@ class SimLoop(asyncio.BaseEventLoop):
         self._runnable: list[asyncio.Handle] = []
         self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
         self.steps = 0
+        self.give_up = ""
+        """Said by whoever watches the run: the next step raises it as `Wedged`."""
         self.set_task_factory(self._make_task)
         self.kernel = contextvars.Context()
         """For the simulator's own callbacks: they belong to no process."""
@@ -152,6 +154,8 @@ class SimLoop(asyncio.BaseEventLoop):
         self._moment_steps += 1
         if self._moment_steps > STEPS_PER_MOMENT_MAX:
             raise Wedged(f"{STEPS_PER_MOMENT_MAX} steps were taken at {self._now:.3f} s; the last: {handle}")
+        if self.give_up:
+            raise Wedged(self.give_up)
         handle._run()
 
     def _next(self) -> asyncio.Handle | None:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from interlock.core.errors import InterlockError
+from interlock.core.sampling import Sampling
+from interlock.core.targets import State
 from interlock.fleet.client import FleetClient
 from interlock.fleet.dispatcher import Dispatcher, Generation, NoMember, Overloaded, RequestFailed
 from interlock.fleet.ledger import GenerationRequest
@@ -16,7 +18,6 @@ from interlock.testing.sim.checks import Reading
 from interlock.testing.sim.host import SimHost
 from interlock.testing.sim.kernel import SimProcess
 from interlock.testing.sim.tokens import spread
-from interlock.wire.engine_messages import Sampling
 from interlock.wire.identity import incarnation_in
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ EXCUSED = ("engine_failed", "no_member", "stopped", "closed", "deadline", "canno
 """Named ends that a request may have while faults go on."""
 STEMS = [[stem * 10_000 + n for n in range(4 * stem + 4)] for stem in range(3)]
 """Beginnings that prompts share, so that cached blocks are found."""
+HTTP_NAMES = ("cmpl-", "chatcmpl-")
 LOOK_SECONDS = 0.3
 
 
@@ -110,6 +112,8 @@ class Returner(Reader):
             parked = set(self._dispatcher.parked) - self._taken
             for request in sorted(parked):
                 self._taken.add(request)
+                if request.startswith(HTTP_NAMES):
+                    continue  # its client comes over HTTP (`browsers`)
                 before = orphans.pop(request, None)
                 generation = self._dispatcher.take_up(request)
                 if before is None:  # its client has left with the last life, and nobody wants the rest
@@ -118,9 +122,8 @@ class Returner(Reader):
                     name = f"the rest of {request}"
                     self._host.process.run(functools.partial(self._go_on, request, generation, before), name)
             if self._dispatcher.recovered:
-                for request, lost in orphans.items():
-                    self._world.not_recovered(request, lost)
-                orphans.clear()
+                for request in [name for name in orphans if not name.startswith(HTTP_NAMES)]:
+                    self._world.not_recovered(request, orphans.pop(request))
 
     async def _go_on(self, request: str, generation: Generation, before: Reading) -> None:
         reading = Reading(self._host.process, before.prompt, before.limit, promised=before.promised)
@@ -141,17 +144,35 @@ class Launcher:
         await asyncio.Event().wait()
         return 0
 
+    def saw_stop(self, process: SimProcess) -> None:
+        """An engine has ended because it shall: it is started when it shall run again, as the supervisor does."""
+        if self._world.shape.starts:
+            self._host.process.run(lambda: self._await_start(process.name), f"start {process.name} again")
+
+    async def _await_start(self, name: str) -> None:
+        while True:
+            await self._host.clock.sleep_s(LOOK_SECONDS)
+            try:
+                target = (await self._client.status(TOLD_SECONDS)).target
+            except (OSError, InterlockError, TimeoutError):
+                continue
+            if target != State.STOPPED:
+                self._world.start(name)
+                return
+
     def saw_end(self, process: SimProcess) -> None:
         """Reads which life it was before the next one begins."""
         inode = process.machine.disk.names.get(str(STATES / process.name / "identity.json"))
         incarnation = incarnation_in(inode.now if inode is not None else None)
         if incarnation:
-            self._host.process.run(lambda: self._tell(process.name, incarnation), f"gone {process.name}")
+            self._host.process.run(lambda: self._tell(process, incarnation), f"gone {process.name}")
 
-    async def _tell(self, name: str, incarnation: int) -> None:
+    async def _tell(self, process: SimProcess, incarnation: int) -> None:
+        name = process.name
         while True:
+            again = self._world.kernel.processes.get(name) is not process
             try:
-                await self._client.member_gone(name, incarnation, TOLD_SECONDS)
+                await self._client.member_gone(name, incarnation, TOLD_SECONDS, again=again)
             except (OSError, InterlockError, TimeoutError):
                 await self._host.clock.sleep_s(0.5)
             else:

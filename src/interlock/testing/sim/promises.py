@@ -9,12 +9,14 @@ remembered it has ended. Fronts remember some of it, too, but at a fleet's very 
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from interlock.core.targets import State
 from interlock.testing.sim.tokens import FIRST
 
 if TYPE_CHECKING:
@@ -52,7 +54,8 @@ class Promises:
         self.versions_lost = False
         """Nobody alive knew which weights came last: the fleet began again with its first."""
         self._breaks: Counter[str] = Counter()
-        self._updates = self._resumes = 0
+        self._breaking: Counter[str] = Counter()
+        self._updates = self._resumes = self._starts = 0
         self._loaded: dict[SimProcess, set[str]] = {}
         self._newest = self._last = FIRST
         self.order = {FIRST: 0}
@@ -63,18 +66,28 @@ class Promises:
 
     # --- what administrators do ------------------------------------------------------------------------------------
 
-    def break_of(self, owner: str) -> None:
-        """Somebody else releases this owner's hold: called before he asks and after he was answered."""
-        self.held.pop(owner, None)
-        self._breaks[owner] += 1
+    @contextlib.contextmanager
+    def breaking(self, *owners: str) -> Iterator[None]:
+        """Somebody else releases these owners' holds: from before he asks until he was answered, and they may be so for a while."""
+        for owner in owners:
+            self.held.pop(owner, None)
+            self._breaks[owner] += 1
+            self._breaking[owner] += 1
+        try:
+            yield
+        finally:
+            for owner in owners:
+                self.held.pop(owner, None)
+                self._breaks[owner] += 1
+                self._breaking[owner] -= 1
 
     def breaks_of(self, owner: str) -> int:
-        """Odd while one is asked for."""
+        """Beginnings and ends of breaks of its hold so far."""
         return self._breaks[owner]
 
     def holds(self, owner: str, since_s: float, breaks: int) -> None:
         """Its pause is confirmed, and was asked for after so many breaks of its hold."""
-        if breaks == self._breaks[owner] and breaks % 2 == 0:
+        if breaks == self._breaks[owner] and not self._breaking[owner]:
             self.held[owner] = since_s
 
     def update_asked(self, kv: str) -> UpdateAsked:
@@ -96,6 +109,11 @@ class Promises:
                 self._violation(
                     f"somebody was told that weights {version} stand, and {process} never had them"
                 )
+        if self._last == version:
+            self.version = version
+
+    def start_done(self, version: str) -> None:
+        """Every engine runs with these, unless somebody has asked for others since."""
         if self._last == version:
             self.version = version
 
@@ -132,6 +150,28 @@ class Promises:
 
     def resume_asked(self) -> None:
         self._resumes += 1
+
+    def stop_asked(self) -> tuple[int, set[SimProcess]]:
+        """For `stop_done`."""
+        return self._starts, self._members()
+
+    def stop_done(self, asked: tuple[int, set[SimProcess]]) -> None:
+        """Unless somebody has asked for a start meanwhile, whoever was a member when it was asked has ended, or says that it is STOPPED
+        and will."""
+        starts, alive = asked
+        for process in sorted(alive, key=str):
+            runner = self._runners.get(process)
+            if (
+                starts == self._starts
+                and runner is not None
+                and runner.member_state.state is not State.STOPPED
+            ):
+                self._violation(
+                    f"somebody was told that the fleet is STOPPED, and {process} is {runner.member_state.state}"
+                )
+
+    def start_asked(self) -> None:
+        self._starts += 1
 
     # --- what engines do -------------------------------------------------------------------------------------------
 

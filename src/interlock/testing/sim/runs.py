@@ -42,21 +42,14 @@ def run_seed(seed: int, kinds: Sequence[str] = KINDS) -> Result:
     return run_world(seed, shape, faults_of(seed, shape, kinds))
 
 
-SEEDS_PER_POOL = 100
-"""A run leaves some 4 MB behind that the collector does not find (tasks of processes that died in it), and each collection walks
-them: new processes keep a thousand runs as fast as the first."""
-
-
 def run_seeds(seeds: Sequence[int], kinds: Sequence[str], jobs: int) -> Iterator[Result]:
     """Results as they come; several processes at a time, whose order of results is that of the seeds."""
     if jobs == 1:
         for seed in seeds:
             yield _light(run_seed(seed, kinds))
         return
-    for start in range(0, len(seeds), SEEDS_PER_POOL):
-        some = seeds[start : start + SEEDS_PER_POOL]
-        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-            yield from pool.map(_run_light, some, [tuple(kinds)] * len(some), chunksize=4)
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(_run_light, seeds, [tuple(kinds)] * len(seeds), chunksize=4)
 
 
 def _run_light(seed: int, kinds: Sequence[str]) -> Result:

@@ -28,7 +28,7 @@ from interlock.testing.sim.loop import PROCESS, Wedged
 if TYPE_CHECKING:
     from interlock.testing.sim.host import MemoryHandle
     from interlock.testing.sim.kernel import SimProcess
-    from interlock.testing.sim.network import SimStream
+    from interlock.testing.sim.streams import SimStream
 
 STEP_SECONDS_MAX = 60.0
 """Of real time: a step that takes longer waits for something that is not simulated."""
@@ -297,6 +297,7 @@ class SimBlockingStream:
     def _fill(self, count: int, deadline_s: float) -> None:
         while len(self._stream.buffer) < count:
             self._stream.check_readable()
+            self._stream.want(count)
             self._wait(self._stream.when_readable(), deadline_s, "for an answer")
 
     def _wait(self, future: asyncio.Future[None], deadline_s: float, purpose: str) -> None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import itertools
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from interlock.fleet.generation import Made
 
 FIRST = "0"
 """The version that engines start with. Versions are numbers: a later update has a higher one."""
+TOKEN_IDS = 50_000
+"""The size of its vocabulary."""
 WEIGHTS = "/weights/"
 """A checkpoint's directory is this and the name of its content."""
 
@@ -22,7 +24,7 @@ WEIGHTS = "/weights/"
 def next_token(weights: str, sequence: Sequence[int], *, mixed: bool = False) -> int:
     kind = f"{weights} with KV of others " if mixed else f"{weights} "
     digest = hashlib.blake2b(kind.encode() + array("I", sequence).tobytes(), digest_size=4).digest()
-    return int.from_bytes(digest, "big") % 50_000
+    return int.from_bytes(digest, "big") % TOKEN_IDS
 
 
 def answer_to(prompt: Sequence[int], count: int, weights: str = FIRST) -> list[int]:
@@ -51,6 +53,20 @@ def wrong_token(
             allowed.add(next_token(version, sequence, mixed=True))
         if token not in allowed:
             return f"its token {at} is {token}, weights {version!r} make {next_token(version, sequence)}"
+        sequence.append(token)
+    return None
+
+
+def impossible_token(prompt: Sequence[int], tokens: Sequence[int], versions: Iterable[str]) -> str | None:
+    """As `wrong_token`, of an answer that broke off before it could say by which weights: any of `versions` may have been it."""
+    known, sequence = list(versions), list(prompt)
+    for at, token in enumerate(tokens):
+        if all(
+            token != next_token(version, sequence, mixed=mixed)
+            for version in known
+            for mixed in (False, True)
+        ):
+            return f"its token {at} is {token}, which no weights make"
         sequence.append(token)
     return None
 

@@ -18,24 +18,30 @@ import msgspec
 
 from interlock.core.errors import LocalProtocolError
 from interlock.engines.runner import Runner, RunnerConfig
+from interlock.fleet.client import FleetClient
 from interlock.fleet.coordinator_main import CoordinatorConfig, run_coordinator
 from interlock.fleet.dispatcher import Dispatcher
 from interlock.store.main import slab_number
 from interlock.store.node import DiskConfig, Node
-from interlock.telemetry.events import Event, EventLog
+from interlock.telemetry.events import EventLog
 from interlock.testing.sim import kv
 from interlock.testing.sim.administrators import Administrator
 from interlock.testing.sim.afflictions import STATES, Afflicted
+from interlock.testing.sim.browsers import MODEL_NAME, Browser, address_of
 from interlock.testing.sim.checks import channels_seen
 from interlock.testing.sim.engine import SimEngine
 from interlock.testing.sim.faults import Fault, Shape, processes_of
 from interlock.testing.sim.host import SimHost, simulated_os
+from interlock.testing.sim.http import serve_http
 from interlock.testing.sim.kernel import Kernel, SimProcess
 from interlock.testing.sim.kv_trees import KvTrees
-from interlock.testing.sim.loop import PROCESS, SimLoop, Wedged
+from interlock.testing.sim.loop import SimLoop, Wedged
 from interlock.testing.sim.people import Client, Launcher, Returner
 from interlock.testing.sim.threads import blocking_seam
 from interlock.testing.sim.tokens import FIRST, WEIGHTS
+from interlock.testing.sim.vocabulary import text_model
+from interlock.testing.sim.witnesses import EngineWatch, Noted, logged
+from interlock.web.front import Access, Front
 from interlock.wire.identity import load_identity
 
 COORDINATOR = "unix:/run/coordinator.sock"
@@ -45,10 +51,9 @@ SETTLE_SECONDS = 12.0
 """Then sessions end, and nothing may be left over."""
 JOIN_SECONDS = 4.0
 LOOK_SECONDS = 0.5
+LOOK_STEPS_MAX = 10_000
+"""From one look to the next: five times what the busiest fleet of sixty took. More is somebody who talks without end."""
 RESTART_SECONDS = (0.05, 1.5)
-TROUBLE = 0.08
-"""How often an engine fails to update, suspend or resume, before the faults cease."""
-LINES_MAX = 200_000
 
 
 class Result(msgspec.Struct):
@@ -88,6 +93,8 @@ class World(Afflicted):
         self.launcher: Launcher | None = None
         self.waiting_for = {f"front-{n}" for n in range(shape.fronts)}
         self.waiting_for |= {f"kv-{n}" for n in range(shape.kv_engines)} | {"admin"}
+        if shape.web:
+            self.waiting_for |= {f"web-{n}" for n in range(shape.fronts)}
         if shape.stop:
             self.waiting_for.add("stop")
         self._all_served = asyncio.Event()
@@ -101,6 +108,8 @@ class World(Afflicted):
     # --- processes -------------------------------------------------------------------------------------------------
 
     def machine_of(self, name: str) -> str:
+        if name.startswith("web"):
+            return "host-c"
         far = self.shape.spread and name == f"engine-{self.shape.engines - 1}"
         return "host-b" if far else "host-a"
 
@@ -111,7 +120,8 @@ class World(Afflicted):
         if name.startswith("kv-"):
             self.kv_trees.start(name)
             return
-        main = self._mains.get(name) or (self._front if name.startswith("front") else self._engine)
+        kinds = {"front": self._front, "engine": self._engine, "web": self._web}
+        main = self._mains.get(name) or kinds[name.split("-")[0]]
         self.kernel.start(self.machine_of(name), name, main, self._ended)
 
     def _ended(self, process: SimProcess) -> None:
@@ -125,7 +135,7 @@ class World(Afflicted):
             assert self.launcher is not None
             self.launcher.saw_end(process)
             if process.exit_status == 0:
-                self.stopped_engines.add(process.name)
+                self.launcher.saw_stop(process)
                 return
         self.kernel.loop.later(self.kernel.rng.uniform(*RESTART_SECONDS), self.start, process.name)
 
@@ -139,6 +149,7 @@ class World(Afflicted):
             address=COORDINATOR,
             state_dir=STATES / "coordinator",
             expected=[f"engine-{n}" for n in range(self.shape.engines)],
+            launches=self.shape.starts,
         )
         await run_coordinator(host, config, events=self.log_of(host))
         return 1
@@ -153,7 +164,7 @@ class World(Afflicted):
             version=FIRST,
             weights=WEIGHTS + FIRST,
         )
-        watch = _EngineWatch(self, host.process)
+        watch = EngineWatch(self, host.process)
         engine = SimEngine(host, self.shape.step_s, watch, able=self.shape.weights)
         runner = Runner(host, engine, config)
         self.runners[host.process] = runner
@@ -173,10 +184,29 @@ class World(Afflicted):
         for client in clients:
             host.process.run(client.run, f"client {client.number}")
         host.process.run(Returner(self, host, dispatcher).run, "returning clients")
+        if self.shape.web:
+            front = Front(
+                host,
+                dispatcher,
+                FleetClient(host, COORDINATOR),
+                text_model(),
+                served_model_name=MODEL_NAME,
+                access=Access(),
+            )
+            self.fronts[host.process] = front
+            await serve_http(host, front, address_of(name))
         assert dispatcher.stale is not None
         why = await dispatcher.stale
         self.kernel.note(f"{host.process} must stop: {why}")
         return 1
+
+    async def _web(self, host: SimHost) -> int:
+        """The machine of those who ask over HTTP."""
+        front = host.process.name.replace("web", "front")
+        for number in range(2):
+            host.process.run(Browser(self, host, front, number).run, f"browser {number}")
+        await asyncio.Event().wait()
+        return 0
 
     async def _store(self, host: SimHost) -> int:
         host.files.make_private_dir(STATES / "store")
@@ -208,12 +238,13 @@ class World(Afflicted):
         return str(self._version)
 
     def log_of(self, host: SimHost) -> EventLog:
-        return _Noted(host, self)
+        return Noted(host, self)
 
     # --- the run ---------------------------------------------------------------------------------------------------
 
     async def play(self) -> None:
-        for name in ["launcher", *processes_of(self.shape), "admin"]:
+        webs = [f"web-{n}" for n in range(self.shape.fronts)] if self.shape.web else []
+        for name in ["launcher", *processes_of(self.shape), *webs, "admin"]:
             if not name.endswith(("-r0", "-r1")):
                 self.start(name)
         for fault in self.faults:
@@ -238,9 +269,13 @@ class World(Afflicted):
             self._all_served.set()
 
     async def _look(self) -> None:
+        loop = self.kernel.loop
         while True:
+            before = loop.steps
             await asyncio.sleep(LOOK_SECONDS)
             self.check_everywhere()
+            if loop.steps - before > LOOK_STEPS_MAX:
+                loop.give_up = f"{loop.steps - before} steps in {LOOK_SECONDS} s: somebody talks without end, at {loop.time():.3f} s"
 
     async def _until_served(self) -> None:
         try:
@@ -250,67 +285,6 @@ class World(Afflicted):
             left = self.unserved()
             self.violation(
                 f"{SERVES_AGAIN_SECONDS:.0f} s after the last fault there is still: {'; '.join(left)}"
-            )
-
-
-class _EngineWatch:
-    """What one engine does, told to the world's checks (`engine.Watcher`)."""
-
-    def __init__(self, world: World, process: SimProcess) -> None:
-        self._world, self._process = world, process
-
-    def stepped(self, stage: str, weights: str | None) -> None:
-        self._world.promises.stepped(self._process, stage, weights)
-
-    def loaded(self, weights: str) -> None:
-        self._world.kernel.note(f"{self._process} has loaded weights {weights}")
-        self._world.promises.loaded(self._process, weights)
-
-    def wrong(self, words: str) -> None:
-        self._world.violation(f"{self._process}: {words}")
-
-    def trouble(self, what: str) -> bool:
-        if self._world.calm or self._world.kernel.rng.random() >= TROUBLE:
-            return False
-        self._world.kernel.note(f"{self._process} fails to {what}")
-        return True
-
-
-class _Noted(EventLog):
-    """An event log whose events stand in the run's timeline."""
-
-    def __init__(self, host: SimHost, world: World) -> None:
-        super().__init__(host.clock)
-        self._process, self._world = host.process, world
-
-    def emit(self, name: str, **fields: object) -> Event:
-        words = " ".join(f"{key}={value}" for key, value in fields.items())
-        self._world.kernel.note(f"{self._process} {name} {words}")
-        if name == "coordinator_without_state":
-            self._world.promises.coordinator_forgets(excused="coordinator" in self._world.spoilt)
-        elif name == "target":
-            self._world.promises.coordinator_knows()
-        elif name == "weights" and fields.get("known") is False:
-            self._world.promises.decided(str(fields["version"]))
-        return super().emit(name, **fields)
-
-
-class _Timeline(logging.Handler):
-    """The drivers' own log lines in the timeline; a traceback among them is a defect."""
-
-    def __init__(self, world: World) -> None:
-        super().__init__(logging.INFO)
-        self._world = world
-
-    def emit(self, record: logging.LogRecord) -> None:
-        process = PROCESS.get()
-        if self._world.kernel.buried or (process is not None and process.dead):
-            return
-        self._world.kernel.note(f"{process} | {record.getMessage()}")
-        if record.exc_info and record.exc_info[1] is not None:
-            error = record.exc_info[1]
-            self._world.violation(
-                f"{process} logged a defect: {record.getMessage()}: {type(error).__name__}: {error}"
             )
 
 
@@ -347,21 +321,15 @@ def _run_world(
     world = World(kernel, seed, shape, faults)
     loop.on_calm = world.check_wake_ups
     loop.set_exception_handler(lambda _, context: world.unhandled(context))
-    logger, timeline = logging.getLogger("interlock"), _Timeline(world)
-    before = logger.level, logger.propagate, logger.handlers[:]
-    logger.handlers, logger.propagate = [timeline], False
-    logger.setLevel(logging.INFO)
     try:
-        with simulated_os(kernel), blocking_seam(), channels_seen(world):
+        with logged(world), simulated_os(kernel), blocking_seam(), channels_seen(world):
             try:
                 loop.run_until_complete(world.play())
             except Wedged as wedged:
                 world.violation(str(wedged))
             world.over = True
             kernel.bury()
-            logger.handlers = []
     finally:
-        logger.level, logger.propagate, logger.handlers = before
         loop.close()
     taken = loop.schedule
     return Result(
