@@ -10,7 +10,9 @@ help:
 	@echo "make serve [ARGS='--engines 2 …']  start a fleet of vLLM engines behind one OpenAI endpoint"
 	@echo "make demo    show prefix reuse, pause, and an engine's death on a running fleet, and check the tokens"
 	@echo "make test    all tests, with real vLLM engines"
-	@echo "make check   format, lint, types, architecture rules"
+	@echo "make unit    those that need no engine and no fleet"
+	@echo "make check   format, lint, types, architecture rules, what the documentation names"
+	@echo "make long    what takes too long for CI: every interleaving, thousands of simulated lives (hours)"
 	@echo "make -s bin  print the folder with python, interlock, pytest of this checkout"
 
 bin:
@@ -30,7 +32,7 @@ test:
 
 check:
 	@bin="$$(tools/setup)" && "$$bin/ruff" format --check . && "$$bin/ruff" check . && "$$bin/mypy" && \
-		"$$bin/pytest" tests/test_architecture.py
+		"$$bin/pytest" tests/test_architecture.py tests/test_documents.py tests/test_public_names.py
 
 format:
 	@bin="$$(tools/setup)" && "$$bin/ruff" format . && "$$bin/ruff" check --fix .

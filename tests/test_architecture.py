@@ -19,12 +19,14 @@ ARROWS: dict[str, set[str]] = {
     "store": {"transfer", "membership", "wire", "telemetry", "host"},
     "snapshots": {"store", "transfer", "membership", "wire", "telemetry", "host"},
     "connectors": {"store", "transfer", "membership", "wire", "telemetry", "host"},
-    "text": {"wire", "telemetry", "host"},
-    "fleet": {"text", "store", "transfer", "membership", "wire", "telemetry", "host"},
-    "engines": {"snapshots", "text", "store", "transfer", "membership", "wire", "telemetry", "host"},
+    "text": {"host"},
+    "fleet": {"store", "transfer", "membership", "wire", "telemetry", "host"},
+    "engines": {"snapshots", "store", "transfer", "membership", "wire", "telemetry", "host"},
     "web": {"fleet", "text", "wire", "telemetry", "host"},
     "checking": set(),
     "testing": {
+        "web",
+        "text",
         "fleet",
         "engines",
         "store",
@@ -37,6 +39,7 @@ ARROWS: dict[str, set[str]] = {
         "checking",
     },
 }
+# Pure: what they return follows from what they are given. `array` is memory alone: token ids are hashed as 32-bit words (prefixes).
 CORE_MAY_IMPORT = {
     "__future__", "abc", "array", "bisect", "collections", "dataclasses", "enum", "functools", "hashlib", "heapq", "itertools",
     "math", "msgspec", "operator", "string", "struct", "types", "typing", "interlock",
@@ -50,7 +53,8 @@ SEAM_CALLS = {
     ("asyncio", "start_server"), ("asyncio", "start_unix_server"), ("asyncio", "to_thread"),
     ("asyncio", "create_subprocess_exec"), ("asyncio", "create_subprocess_shell"),
 }  # fmt: skip
-# Outside the seam by decision (docs/decisions): an engine's own loop is the model's, checking and testing are tools.
+# Outside the seam by decision. `checking` and `testing` are tools: they look at what they run from outside, with a real clock (how long
+# an exploration took) and real processes (`checking` may not even import host/). Under simulated time both would be wrong.
 SEAM_FREE = {"host", "checking", "testing", "benchmarks"}
 
 
@@ -83,7 +87,7 @@ def trees() -> dict[Path, ast.Module]:
     return {path: ast.parse(path.read_text()) for path in modules()}
 
 
-def report(faults: list[str]) -> None:
+def check_none(faults: list[str]) -> None:
     assert not faults, "\n" + "\n".join(faults)
 
 
@@ -107,7 +111,7 @@ def test_arrows_point_one_way(trees: dict[Path, ast.Module]) -> None:
             target = name.split(".")[1]
             if target not in {package, "core"} | ARROWS[package]:
                 faults.append(f"{path}:{line}: {package} must not import {name}")
-    report(faults)
+    check_none(faults)
 
 
 def test_core_imports_only_what_is_pure(trees: dict[Path, ast.Module]) -> None:
@@ -121,7 +125,7 @@ def test_core_imports_only_what_is_pure(trees: dict[Path, ast.Module]) -> None:
             if name.split(".")[0] not in CORE_MAY_IMPORT
             or (name.startswith("interlock.") and not name.startswith("interlock.core"))
         ]
-    report(faults)
+    check_none(faults)
 
 
 def test_heavy_packages_stay_in_their_rooms(trees: dict[Path, ast.Module]) -> None:
@@ -135,7 +139,7 @@ def test_heavy_packages_stay_in_their_rooms(trees: dict[Path, ast.Module]) -> No
             for name, line in imports(tree)
             if name.split(".")[0] in HEAVY
         ]
-    report(faults)
+    check_none(faults)
 
 
 def test_nothing_unpickles_or_evaluates(trees: dict[Path, ast.Module]) -> None:
@@ -153,7 +157,7 @@ def test_nothing_unpickles_or_evaluates(trees: dict[Path, ast.Module]) -> None:
             and isinstance(node.func, ast.Name)
             and node.func.id in ("eval", "exec")
         ]
-    report(faults)
+    check_none(faults)
 
 
 def test_the_machine_is_reached_through_the_host_alone(trees: dict[Path, ast.Module]) -> None:
@@ -180,7 +184,7 @@ def test_the_machine_is_reached_through_the_host_alone(trees: dict[Path, ast.Mod
                 faults.append(
                     f"{path}:{node.lineno}: {function.value.id}.{function.attr} is used by host/ alone"
                 )
-    report(faults)
+    check_none(faults)
 
 
 def test_heavy_packages_are_not_imported_by_the_command_line_at_start(trees: dict[Path, ast.Module]) -> None:
@@ -193,4 +197,39 @@ def test_heavy_packages_are_not_imported_by_the_command_line_at_start(trees: dic
         or name.split(".")[:2]
         in (["interlock", "engines"], ["interlock", "connectors"], ["interlock", "web"])
     ]
-    report(faults)
+    check_none(faults)
+
+
+# --- what public names say of themselves -------------------------------------------------------------------------
+
+SAY_WHAT_THEY_ARE_FOR = ("core", "host", "telemetry", "wire", "membership", "text", "cli")
+
+
+def public(body: list[ast.stmt]) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]:
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and node.name[0] != "_":
+            yield node
+
+
+@pytest.mark.parametrize("package", SAY_WHAT_THEY_ARE_FOR)
+def test_every_public_name_says_what_it_is_for(trees: dict[Path, ast.Module], package: str) -> None:
+    """A class or a function, and each method of a class but where the package's interface, or another class, says it already."""
+    own = {path: tree for path, tree in trees.items() if package_of(path) == package}
+    assert own
+    told = {
+        ("." if isinstance(outer, ast.ClassDef) else "") + node.name
+        for tree in own.values()
+        for outer in (tree, *public(tree.body))
+        for node in public(outer.body)
+        if ast.get_docstring(node) and not isinstance(node, ast.ClassDef)
+    }
+    check_none(
+        [
+            f"{path}:{node.lineno}: {node.name} has no docstring"
+            for path, tree in own.items()
+            for outer in (tree, *(node for node in public(tree.body) if isinstance(node, ast.ClassDef)))
+            for node in public(outer.body)
+            if not ast.get_docstring(node)
+            and ("." if isinstance(outer, ast.ClassDef) else "") + node.name not in told
+        ]
+    )

@@ -3,7 +3,7 @@
     tools/mutants [module …]        modules of src/interlock/core, for example `joins sessions`; all when left out
 
 A mutant differs from the source in one condition: a comparison turned round or moved by one, `and` for `or`, a test that is
-always true or always false, a dropped `not`. It is *killed* when a unit test of its module fails (tests/core/test_<module>*.py)
+always true or always false, a dropped `not`. It is *killed* when a unit test of its module fails (`tests_of`)
 or when a small world of a protocol that uses the module shows a violation within two seconds. Survivors are printed; each is a
 missing test, or a condition that makes no difference and could say so.
 
@@ -146,6 +146,17 @@ def _judge(module: str, tree: ast.Module, tests: list[str], protocols: list[str]
     return SURVIVED
 
 
+def tests_of(module: str) -> list[str]:
+    """Named after it, or after the module that it is a part of (`snapshot_state` of `snapshots`), or importing it."""
+    family = re.escape(module.partition("_")[0])
+    named = re.compile(rf"test_({re.escape(module)}.*|{family}s?)\.py")
+    return sorted(
+        str(test)
+        for test in (ROOT / "tests" / "core").glob("test_*.py")
+        if named.fullmatch(test.name) or re.search(rf"\bcore\.{module}\b", test.read_text())
+    )
+
+
 def main() -> int:
     os.chdir(ROOT)
     modules = sys.argv[1:] or sorted(
@@ -154,7 +165,7 @@ def main() -> int:
     survivors, total, by_explorer = [], 0, 0
     for module in modules:
         path = CORE / f"{module}.py"
-        tests = sorted(str(test) for test in (ROOT / "tests" / "core").glob(f"test_{module}*.py"))
+        tests = tests_of(module)
         protocols = sorted(
             world.stem for world in WORLDS.glob("*.py") if re.search(rf"\b{module}\b", world.read_text())
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import signal
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -13,7 +14,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from interlock.cli.main import main
+from interlock.cli.ctl_show import Teller
+from interlock.cli.ctl_words import timeout_of
+from interlock.cli.main import main, make_parser
 from interlock.fleet.launchers.rundir import coordinator_address
 
 
@@ -118,6 +121,7 @@ async def test_exit_statuses_tell_failed_refused_and_late_apart(ctl: Ctl, tmp_pa
     status, _, err = await ctl("pause", "--owner", "me", "--timeout", "0.3")
     assert status == 4
     assert "slow did not get there by the deadline" in err
+    assert f"the fleet goes on; `interlock ctl status --wait PAUSED --port {PORT}` waits for it" in err
     slow.hold_steps.set()
     assert (await ctl("pause", "--owner", "me"))[0] == 0
     slow.fail_update = "shard 2 of 3 is torn"
@@ -148,6 +152,19 @@ async def test_status_waits_for_the_whole_fleet_and_says_for_whom(ctl: Ctl) -> N
     status, _, err = await ctl("status", "--wait", "RUNNING", "--timeout", "0.2")
     assert status == 4
     assert "the fleet is not RUNNING after 0.2 s: the fleet's target is PAUSED" in err
+
+
+async def test_a_fleet_is_not_whole_while_an_expected_engine_has_not_come(ctl: Ctl) -> None:
+    await ctl.fleet.start_coordinator(expected=["a", "b"], recovering_s=0.01)
+    await ctl.fleet.engine("a", abilities=ABLE)
+    await ctl.fleet.start_dispatcher()
+    await ctl.fleet.ready("a")
+    status, _, err = await ctl("status", "--wait", "RUNNING", "--timeout", "0.3")
+    assert (status, "waiting for b (not heard yet)" in err) == (4, True)
+    assert "b is awaited" in (await ctl("status"))[1]
+    await ctl.fleet.engine("b", abilities=ABLE)
+    assert (await ctl("status", "--wait", "RUNNING"))[0] == 0
+    assert "awaited" not in (await ctl("status"))[1]
 
 
 async def test_a_command_that_is_not_waited_for_is_asked_about_later(ctl: Ctl) -> None:
@@ -211,3 +228,91 @@ async def test_metrics_and_forget(ctl: Ctl) -> None:
     assert (await ctl("forget", "b"))[0] == 0
     assert 'state="LOST"} 1.0' in (await ctl("metrics"))[1]
     assert (await ctl("pause", "--owner", "me"))[1].endswith("1 standing, 1 gone\n")
+
+
+async def test_who_is_only_awaited_can_be_forgotten_and_nobody_waits_for_it(ctl: Ctl) -> None:
+    """Never heard by this coordinator, whose state is lost: it has no life that could be named."""
+    await ctl.fleet.start_coordinator(expected=["a", "b"], recovering_s=0.1)
+    await ctl.fleet.engine("a")
+    await ctl.fleet.until(lambda: ctl.fleet.coordinator.fleet.phase == "LEADING")
+    status, _, err = await ctl("forget", "c")
+    assert (status, "c is no member; there are: a, b" in err) == (1, True)
+    assert (await ctl("pause", "--owner", "me", "--timeout", "0.3"))[0] != 0
+    status, out, _ = await ctl("forget", "b")
+    assert (status, out) == (0, "b: counts as gone from now on; nobody waits for it\n")
+    assert (await ctl("pause", "--owner", "me"))[1].endswith("1 standing\n")
+    await ctl.fleet.engine("b")
+    await ctl.fleet.until(lambda: len(ctl.fleet.coordinator._members.records()) == 2)
+
+
+async def test_metrics_say_nothing_of_when_a_series_was_made(ctl: Ctl) -> None:
+    await begin(ctl, "a")
+    names = {
+        line.split("{")[0].split()[0] for line in (await ctl("metrics"))[1].splitlines() if line[0] != "#"
+    }
+    assert "interlock_member_transitions_total" in names
+    assert not [name for name in names if name.endswith("_created")]
+
+
+async def test_a_member_that_is_gone_has_no_weights_to_differ_in(ctl: Ctl) -> None:
+    await begin(ctl, "a", "b")
+    await ctl("forget", "b")
+    assert (await ctl("status"))[1].splitlines()[-1].split()[:4] == ["b", "LOST", "gone", "-"]
+
+
+async def test_a_refusal_names_the_epoch_as_status_does(ctl: Ctl) -> None:
+    await begin(ctl, "a")
+    said = (await ctl("status"))[1].splitlines()[0]
+    number = said.partition("(epoch ")[2].partition(")")[0]
+    assert f"UNPAUSE is refused at epoch {number}: the fleet's target is RUNNING" in (await ctl("unpause"))[2]
+
+
+async def test_options_of_the_fleet_may_stand_before_the_verb(
+    ctl: Ctl, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await begin(ctl, "a")
+    status = await asyncio.to_thread(main, ["ctl", "--port", str(PORT), "--json", "status"])
+    assert (status, msgspec.json.decode(capsys.readouterr().out)["target"]) == (0, "RUNNING")
+    assert (await ctl("status", "--wait", "running"))[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("verb", "seconds"),
+    [("pause", 60.0), ("update", 600.0), ("resume", 600.0), ("start", 600.0), ("drain", 600.0)],
+)
+def test_what_starts_engines_anew_gets_the_time_that_takes(verb: str, seconds: float) -> None:
+    more = ["v1", "/weights"] if verb == "update" else []
+    parse = make_parser().parse_args
+    assert timeout_of(parse(["ctl", verb, *more])) == seconds
+    assert timeout_of(parse(["ctl", verb, *more, "--timeout", "5"])) == 5.0
+    assert timeout_of(parse(["ctl", "--timeout", "7", verb, *more])) == 7.0
+
+
+def test_a_wait_without_news_says_for_whom(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb, who in (("start", "the engines to start"), ("pause", "the coordinator")):
+        Teller(0.0, verb=verb, quiet=False).still(5.0)
+        assert capsys.readouterr().err == f"    5.00 s  still waiting for {who}\n"
+
+
+@pytest.mark.parametrize("how", ["interrupted", "nobody reads"])
+async def test_events_that_are_followed_end_without_a_word_of_python(ctl: Ctl, how: str) -> None:
+    await begin(ctl, "a")
+    argv = [sys.executable, "-m", "interlock", "ctl", "events", "--follow", "--port", str(PORT)]
+    following = await asyncio.create_subprocess_exec(
+        *argv, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    assert following.stdout is not None
+    assert following.stderr is not None
+    async with asyncio.timeout(30):
+        assert b"coordinator_without_state" in await following.stdout.readline()
+        if how == "interrupted":
+            following.send_signal(signal.SIGINT)
+        else:
+            following._transport.get_pipe_transport(1).close()  # type: ignore[attr-defined]
+            for number in range(50):  # until one finds that the pipe is closed
+                await ctl("pause" if number % 2 == 0 else "unpause", "--owner", "me")
+                if following.returncode is not None:
+                    break
+        status = await following.wait()
+        errors = await following.stderr.read()
+    assert (status, errors) == (130 if how == "interrupted" else 1, b"")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from interlock.cli import serve as serving
+from interlock.cli import serve_checks, serve_plan
 from interlock.cli.main import main, make_parser
 from interlock.fleet.launchers.rundir import base_folder, coordinator_address
 from interlock.host.sockets import free_port
@@ -50,6 +50,18 @@ def checkpoint(tmp_path: Path) -> str:
         (["ctl"], "ctl needs one of"),
         (["ctl", "pause", "--mode", "softly"], "invalid choice"),
         (["ctl", "status", "--", "--x"], "for `interlock serve` only"),
+        (["store", "run", "--address", "unix:/x", "--gib", "nan"], "not a number of GiB"),
+        (["store", "run", "--address", "unix:/x", "--disk-gib", "-1"], "not a number of GiB"),
+        (["store", "ls", "--address", "unix:/x", "--limit", "-3"], "not a number above 0"),
+        (["store", "ls", "--addr", "unix:/x"], "the following arguments are required: --address"),
+        (["transfer", "ping", "b=unix:/x", "--timeout", "-1"], "not a number of seconds"),
+        (["transfer", "serve", "--name", "b", "--address", "unix:/x", "--mib", "0"], "not a number of MiB"),
+        (["store", "run", "--address", "unix:/x", "--disk", "/etc/passwd"], "/etc/passwd is no directory"),
+        (["serve", "--disk", "/etc/passwd"], "/etc/passwd is no directory"),
+        (["serve", "--state-dir", "/etc/passwd"], "/etc/passwd is no directory"),
+        (["attach", "http://127.0.0.1:1", "--port", "99999"], "not a port"),
+        (["demo", "--port", "0"], "not a port"),
+        (["demo", "/no/such/model"], "/no/such/model is no directory"),
     ],
 )
 def test_wrong_usage_is_one_sentence_and_status_two(
@@ -85,10 +97,10 @@ def test_what_was_asked_is_what_is_planned(checkpoint: str, tmp_path: Path) -> N
     parsed = make_parser().parse_args(
         ["serve", checkpoint, "--engines", "3", "--tp", "2", "--port", str(port), "--store-gib", "0.5"]
     )
-    found = serving.check(parsed, ["--max-model-len", "512"])
+    found = serve_checks.check(parsed, ["--max-model-len", "512"])
     assert (found.engines, found.tensor_parallel, found.served_name) == (3, 2, "model")
     assert found.store_bytes == 1 << 29
-    plan = serving.make_plan(found, tmp_path, "sha256:x")
+    plan = serve_plan.make_plan(found, tmp_path, "sha256:x")
     assert [part.name for part in plan.engines] == ["engine-0", "engine-1", "engine-2"]
     assert b"--max-model-len" in plan.engines[0].config
     assert (tmp_path / "admin-token").stat().st_mode & 0o777 == 0o600
@@ -97,7 +109,7 @@ def test_what_was_asked_is_what_is_planned(checkpoint: str, tmp_path: Path) -> N
 def test_a_key_in_the_environment_is_a_key(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INTERLOCK_API_KEY", "secret")
     parsed = make_parser().parse_args(["serve", checkpoint, "--host", "0.0.0.0", "--port", str(free_port())])
-    assert serving.check(parsed, []).api_key == "secret"
+    assert serve_checks.check(parsed, []).api_key == "secret"
 
 
 def test_ranks_never_get_more_threads_than_there_are_cores_to_spare(
@@ -105,7 +117,7 @@ def test_ranks_never_get_more_threads_than_there_are_cores_to_spare(
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(33)))
     for engines, tensor_parallel, threads in ((1, 1, 32), (2, 1, 16), (4, 2, 4), (40, 1, 1)):
-        found = serving.Asked(
+        found = serve_checks.Asked(
             model=Path(checkpoint),
             architecture="x",
             served_name="x",
@@ -117,7 +129,7 @@ def test_ranks_never_get_more_threads_than_there_are_cores_to_spare(
             api_key=None,
             vllm_arguments=[],
         )
-        assert serving.threads_per_rank(found) == threads
+        assert serve_plan.threads_per_rank(found) == threads
 
 
 def test_the_run_directory_is_private_to_its_user_and_named_by_its_port(

@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from interlock.cli import serve as serving
+from interlock.cli import serve_checks, serve_plan
 from interlock.cli.errors import Usage
 from interlock.cli.main import main, make_parser
 from interlock.host.sockets import free_port
@@ -15,7 +15,7 @@ from interlock.host.sockets import free_port
 
 def kinds(*arguments: str) -> list[str]:
     parsed = make_parser().parse_args(["serve", *arguments])
-    return serving.chosen_kinds(parsed.engine, parsed.engines)
+    return serve_checks.chosen_kinds(parsed.engine, parsed.engines)
 
 
 @pytest.mark.parametrize(
@@ -76,10 +76,10 @@ def checkpoint(tmp_path: Path) -> Path:
 def test_each_engine_gets_its_own_kind_and_all_get_one_cache(tmp_path: Path) -> None:
     model = checkpoint(tmp_path)
     words = ["serve", str(model), "--engine", "vllm:1,transformers:1", "--port", str(free_port())]
-    found = serving.check(make_parser().parse_args(words), ["--max-model-len", "512"])
+    found = serve_checks.check(make_parser().parse_args(words), ["--max-model-len", "512"])
     run = tmp_path / "run"
     run.mkdir()
-    plan = serving.make_plan(found, run, "sha256:x")
+    plan = serve_plan.make_plan(found, run, "sha256:x")
     configs = [msgspec.json.decode(part.config) for part in plan.engines]
     assert [(c["vllm"] is not None, c["transformers"] is not None) for c in configs] == [
         (True, False),
@@ -111,10 +111,10 @@ def test_the_plan_carries_boundary_snapshots_to_each_transformers_engine_that_ca
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     port = free_port()
     words = ["serve", str(checkpoint(tmp_path)), "--port", str(port), *arguments]
-    found = serving.check(make_parser().parse_args(words), [])
+    found = serve_checks.check(make_parser().parse_args(words), [])
     run = tmp_path / "run"
     run.mkdir()
-    for index, part in enumerate(serving.make_plan(found, run, "sha256:x").engines):
+    for index, part in enumerate(serve_plan.make_plan(found, run, "sha256:x").engines):
         config = msgspec.json.decode(part.config)["transformers"]
         if config is None:
             continue
@@ -123,7 +123,7 @@ def test_the_plan_carries_boundary_snapshots_to_each_transformers_engine_that_ca
             continue
         assert config["snapshots"] == str(tmp_path / f"cache/interlock/snapshots/{port}/engine-{index}")
         assert config["snapshot_bytes"] == int(gib * (1 << 30))
-        assert config["snapshot_blocks"] == serving.SNAPSHOT_BLOCKS
+        assert config["snapshot_blocks"] == serve_plan.SNAPSHOT_BLOCKS
     assert found.snapshot_bytes == int(gib * (1 << 30))
 
 

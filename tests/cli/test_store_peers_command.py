@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from interlock.cli import serve as serving
-from interlock.cli import store_peers
+from interlock.cli import serve_checks, serve_plan, store_peers
 from interlock.cli.errors import Usage
 from interlock.cli.main import main, make_parser
 from interlock.cli.processes import decode_config
@@ -193,9 +192,9 @@ def test_a_token_that_others_read_or_could_guess_is_refused(
     assert sentence in capsys.readouterr().err
 
 
-def fleet(words: list[str], directory: Path, **more: Any) -> serving.Asked:
+def fleet(words: list[str], directory: Path, **more: Any) -> serve_checks.Asked:
     parsed = make_parser().parse_args(["serve", "a-model", *words])
-    return serving.Asked(
+    return serve_checks.Asked(
         model=directory,
         architecture="any",
         served_name="any",
@@ -230,7 +229,7 @@ def test_a_served_fleets_node_is_told_of_its_peers_and_its_secrets_stay_in_the_r
     asked = fleet([*words, "--store-token-file", str(token), *tls], tmp_path)
     run = tmp_path / "run"
     run.mkdir()
-    part = serving.make_plan(asked, run, "sha256:x").store
+    part = serve_plan.make_plan(asked, run, "sha256:x").store
     config = decode_config(part.config, StoreConfig)  # what the node's process reads
     assert config.name == "a"
     assert config.peers == asked.peers
@@ -243,7 +242,9 @@ def test_a_served_fleets_node_is_told_of_its_peers_and_its_secrets_stay_in_the_r
 def test_a_served_fleet_is_alone_unless_it_is_told_otherwise(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    config = decode_config(serving.make_plan(fleet([], tmp_path), run, "sha256:x").store.config, StoreConfig)
+    config = decode_config(
+        serve_plan.make_plan(fleet([], tmp_path), run, "sha256:x").store.config, StoreConfig
+    )
     assert (config.name, config.peers) == ("store", None)
 
 

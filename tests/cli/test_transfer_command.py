@@ -27,7 +27,8 @@ def served(tmp_path: Path) -> Iterator[str]:
     assert "b offers 32 MiB" in process.stdout.readline()
     yield address
     process.terminate()
-    process.wait(10)
+    assert process.wait(10) == 0
+    assert not Path(address.removeprefix("unix:")).exists(), "it leaves its socket behind"
     process.stdout.close()
 
 
@@ -42,6 +43,7 @@ def test_explain_says_which_lane_and_why_and_peers_names_who_is_not_there(
     assert said.returncode == 0, said.stderr
     assert "CONNECTED" in said.stdout
     assert "by way of mapped" in said.stdout
+    assert "dialled by us; connections: 1 to read over" in said.stdout
     gone = ask("peers", f"b={served}", f"c=unix:{tmp_path}/nobody.sock", "--timeout", "1")
     assert gone.returncode == 1
     assert "b: connected within" in gone.stdout

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import signal
 from typing import Any
 
+from interlock.cli.arguments import name, port
 from interlock.cli.errors import Failure
+from interlock.host.leaving import signalled
 
 JOIN_SECONDS = 30.0
 
 
 def add_parser(commands: Any) -> None:
+    """Adds the command; `run` is what its arguments are given to."""
     parser = commands.add_parser(
         "attach",
         help="make a running vLLM server a member of a fleet, by its URL",
         description="Speaks for a vLLM server (started with VLLM_SERVER_DEV_MODE=1) until Ctrl-C: it is paused and updated with the "
         "fleet. Its requests stay its own.",
-        allow_abbrev=False,
     )
     parser.add_argument("url", metavar="URL", help="http://host:port of the server")
-    parser.add_argument("--port", type=int, default=8000, help="HTTP port of the fleet (default 8000)")
-    parser.add_argument("--name", help="what the member is called (default: host:port)")
+    parser.add_argument("--port", type=port, default=8000, help="HTTP port of the fleet (default 8000)")
+    parser.add_argument("--name", type=name, help="what the member is called (default: host:port)")
     parser.add_argument(
-        "--version", default="0", help="what its weights are called, unless vLLM names them (default 0)"
+        "--version",
+        type=name,
+        default="0",
+        help="what its weights are called, unless vLLM names them (default 0)",
     )
     parser.add_argument(
         "--weights",
@@ -45,13 +49,14 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 async def _run(parsed: argparse.Namespace) -> int:
+    with signalled() as stop:
+        return await _attach(parsed, stop)
+
+
+async def _attach(parsed: argparse.Namespace, stop: asyncio.Event) -> int:
     from interlock.attaching import attach
     from interlock.engines.base import EngineStartError
 
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
     try:
         attached = await attach(
             parsed.url,
@@ -66,8 +71,8 @@ async def _run(parsed: argparse.Namespace) -> int:
         raise Failure(str(error)) from error
     async with attached:
         print(f"{attached.name} is attached to the fleet on port {parsed.port}. Without:", flush=True)
-        for name, words in attached.lacks.items():
-            print(f"  {name:<14} {words}", flush=True)
+        for lacking, words in attached.lacks.items():
+            print(f"  {lacking:<14} {words}", flush=True)
         ended = asyncio.create_task(attached.ended())
         stopped = asyncio.create_task(stop.wait())
         await asyncio.wait({ended, stopped}, return_when=asyncio.FIRST_COMPLETED)

@@ -10,12 +10,14 @@ import argparse
 import asyncio
 import contextlib
 import getpass
+import select
 import sys
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
 from interlock.cli.ctl_events import show_events
 from interlock.cli.ctl_show import Answer, Teller, print_json, show_report, show_status, summary, wanted
+from interlock.cli.ctl_words import PORT_DEFAULT, timeout_of
 from interlock.cli.errors import REFUSED, TOO_LATE, Failure
 from interlock.core.errors import ChannelFault, InterlockError
 from interlock.core.targets import State
@@ -27,12 +29,24 @@ from interlock.wire.fleet_messages import Command, CommandProgress
 POLL_SECONDS = 0.1
 STILL_SECONDS = 5.0
 """How often a wait without news says that it still waits."""
+REACHED = {
+    "pause": State.PAUSED,
+    "unpause": State.RUNNING,
+    "update": State.PAUSED,
+    "suspend": State.SUSPENDED,
+    "resume": State.PAUSED,
+    "start": State.RUNNING,
+}
+"""What the fleet is when a verb is done. `stop` and `drain` are two commands in a row, of which the first may be late."""
+EVERY_LIFE = 0
+"""In `MemberGone`: whoever had that name so far."""
 END_SECONDS = 10.0
 """What a fleet whose engines have stopped gets to end itself."""
 
 
 def ctl(parsed: argparse.Namespace) -> int:
     """Returns the exit status. Raises `Failure` with the coordinator's own words."""
+    parsed.timeout = timeout_of(parsed)
     try:
         return asyncio.run(_ctl(parsed))
     except ChannelFault as fault:
@@ -40,11 +54,23 @@ def ctl(parsed: argparse.Namespace) -> int:
             print_json(Answer(ok=False, code=fault.code, message=fault.message))
         raise Failure(fault.message, REFUSED) from fault
     except CommandFailed as error:
-        raise Failure(str(error), _status_of(error)) from error
+        status = _status_of(error)
+        raise Failure(f"{error}{_what_next(parsed) if status == TOO_LATE else ''}", status) from error
     except TimeoutError as error:
         raise Failure(str(error) or "it took too long", TOO_LATE) from error
     except (ConnectionError, InterlockError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            raise  # not the coordinator is gone
         raise Failure(_unreachable(parsed.port, error)) from error
+
+
+def _nobody_reads() -> bool:
+    """Whether what we print goes into a pipe that nobody holds the other end of."""
+    with contextlib.suppress(OSError, ValueError):
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    return False
 
 
 def _status_of(error: CommandFailed) -> int:
@@ -52,6 +78,14 @@ def _status_of(error: CommandFailed) -> int:
     members = error.progress.members if error.progress is not None else []
     outcomes = {member.outcome for member in members}
     return TOO_LATE if "failed" not in outcomes and outcomes & {"waiting", "unknown"} else 1
+
+
+def _what_next(parsed: argparse.Namespace) -> str:
+    """Nothing is undone by lateness: the coordinator goes on telling its members what they shall be."""
+    if parsed.verb not in REACHED:
+        return ""
+    fleet = "" if parsed.port == PORT_DEFAULT else f" --port {parsed.port}"
+    return f"; the fleet goes on; `interlock ctl status --wait {REACHED[parsed.verb]}{fleet}` waits for it"
 
 
 def _unreachable(port: int, error: Exception) -> str:
@@ -97,7 +131,7 @@ async def _command(host: RealHost, client: FleetClient, parsed: argparse.Namespa
         return 0
     order = _order(client, parsed)
     begun_s = host.clock.monotonic_s()
-    teller = Teller(begun_s, quiet=parsed.json)
+    teller = Teller(begun_s, verb=parsed.verb, quiet=parsed.json)
     last: CommandProgress | None = None
     words = client.follow(order)
     try:
@@ -208,15 +242,17 @@ def _checkpoint(folder: str) -> Path:
 
 async def _forget(client: FleetClient, parsed: argparse.Namespace) -> None:
     fleet = await client.status(_patience(parsed))
-    found = next((member for member in fleet.members if member.name == parsed.member), None)
-    if found is None:
-        names = ", ".join(member.name for member in fleet.members) or "none"
-        raise Failure(f"{parsed.member} is no member; there are: {names}")
-    await client.member_gone(found.name, found.incarnation, _patience(parsed))
+    lives = dict.fromkeys(fleet.awaited, EVERY_LIFE) | {m.name: m.incarnation for m in fleet.members}
+    if parsed.member not in lives:
+        raise Failure(f"{parsed.member} is no member; there are: {', '.join(sorted(lives)) or 'none'}")
+    # Where START awaits a new life, the one that is listed is the last: it is the new one that nobody shall wait for.
+    life = EVERY_LIFE if parsed.member in fleet.awaited else lives[parsed.member]
+    await client.member_gone(parsed.member, life, _patience(parsed))
+    which = f"{parsed.member}@{life}" if life else parsed.member
     if parsed.json:
-        print_json(Answer(ok=True, message=f"{found.name}@{found.incarnation} counts as gone"))
+        print_json(Answer(ok=True, message=f"{which} counts as gone"))
     else:
-        print(f"{found.name}: counts as gone from now on; nobody waits for it")
+        print(f"{parsed.member}: counts as gone from now on; nobody waits for it")
 
 
 # --- waiting for a state -----------------------------------------------------------------------------------------

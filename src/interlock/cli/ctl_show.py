@@ -22,7 +22,7 @@ from interlock.wire.fleet_messages import (
 )
 
 GIB = 1 << 30
-STANDING = {str(Sight.LOST): "", str(Sight.SUSPECT): "unseen"}
+STANDING = {str(Sight.LOST): "gone", str(Sight.SUSPECT): "unseen"}
 OUTCOMES = ("standing", "gone", "waiting", "unknown", "failed")
 WITHOUT = "without_"
 """A capability that begins so names what cannot be guaranteed for an attached engine."""
@@ -43,6 +43,7 @@ class Answer(msgspec.Struct, omit_defaults=True):
 
     @classmethod
     def of(cls, order: Command, last: CommandProgress | None, seconds: float) -> Answer:
+        """What became of `order`: `last` is the coordinator's last word of it, None: there was none. `seconds` since it was sent."""
         answer = cls(ok=last is not None and last.ok, command=order.command, id=order.command_id)
         answer.owner, answer.seconds = order.owner, round(seconds, 3)
         if last is not None:
@@ -53,12 +54,14 @@ class Answer(msgspec.Struct, omit_defaults=True):
 class Teller:
     """Says each member's outcome once, as it changes, with the seconds since the command began."""
 
-    def __init__(self, begun_s: float, *, quiet: bool) -> None:
+    def __init__(self, begun_s: float, *, verb: str, quiet: bool) -> None:
         self._begun_s, self._quiet = begun_s, quiet
+        self._nobody = "the engines to start" if verb == "start" else "the coordinator"
         self._said: dict[str, tuple[str, str]] = {}
         self._waiting: list[str] = []
 
     def tell(self, progress: CommandProgress, now_s: float) -> None:
+        """A line for each member whose outcome is new. `now_s` on the clock of `begun_s`."""
         self._waiting = [f"{m.name} ({m.state})" for m in progress.members if m.outcome == "waiting"]
         for member in progress.members:
             word = (member.outcome, member.state)
@@ -69,7 +72,8 @@ class Teller:
             self._print(now_s, words + memory_in_words(member.memory))
 
     def still(self, now_s: float) -> None:
-        self._print(now_s, "still waiting for " + (", ".join(self._waiting) or "the coordinator"))
+        """A line that says who is waited for, when nothing was heard for a while."""
+        self._print(now_s, "still waiting for " + (", ".join(self._waiting) or self._nobody))
 
     def _print(self, now_s: float, words: str) -> None:
         if not self._quiet:
@@ -91,6 +95,7 @@ def summary(verb: str, answer: Answer) -> str:
 
 
 def memory_in_words(memory: Memory | None) -> str:
+    """Empty where nothing is known of it."""
     if memory is None or not memory.resident_bytes:
         return ""
     resident = f"{memory.resident_bytes / GIB:.2f} GiB resident"
@@ -127,12 +132,15 @@ def wanted(fleet: Membership, state: str) -> str:
         return f"the fleet's target is {fleet.target}, not {state}"
     living = [member for member in fleet.members if member.state != Sight.LOST]
     late = [f"{m.name} ({m.state})" for m in living if not (m.standing and m.state == state)]
+    if state != State.STOPPED:
+        late += [f"{name} (not heard yet)" for name in fleet.awaited]
     if late:
         return f"waiting for {', '.join(late)}"
     return "" if living or state == State.STOPPED else "no member is left"
 
 
 def show_status(fleet: Membership, parsed: argparse.Namespace, now_s: float) -> None:
+    """The fleet as a table, or as JSON. `now_s`: this machine's monotonic clock, which holds end by."""
     if parsed.json:
         print_json(fleet)
         return
@@ -144,13 +152,15 @@ def show_status(fleet: Membership, parsed: argparse.Namespace, now_s: float) -> 
     for hold in fleet.holds:
         print(f"  held by {hold.owner} (mode {hold.mode}{_until(hold, now_s)})")
     if not fleet.members:
-        print("  no member has joined")
+        print("  no member has joined" + (f"; awaited: {', '.join(fleet.awaited)}" if fleet.awaited else ""))
         return
     rows = [["member", "state", "standing", "weights", "running", "waiting", "KV used", "kind"]]
     rows += [_row(member, fleet) for member in fleet.members]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    for name in fleet.awaited:
+        print(f"  {name} is awaited: this coordinator has not heard it yet")
     for member in fleet.members:
         if member.memory is not None and member.memory.given_back_bytes:
             print(f"  {member.name}:{memory_in_words(member.memory)}")
@@ -166,6 +176,8 @@ def _until(hold: Hold, now_s: float) -> str:
 
 def _row(member: Member, fleet: Membership) -> list[str]:
     load = member.load
+    if member.state == Sight.LOST:
+        return [member.name, member.state, STANDING[member.state], "-", "-", "-", "-", member.facts.engine]
     version = "unknown" if member.version is None else member.version
     return [
         member.name,
@@ -180,4 +192,5 @@ def _row(member: Member, fleet: Membership) -> list[str]:
 
 
 def print_json(what: msgspec.Struct) -> None:
+    """One object on one line of standard output."""
     print(msgspec.json.encode(what, enc_hook=str).decode(), flush=True)

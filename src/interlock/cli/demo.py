@@ -13,15 +13,18 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import msgspec
 
+from interlock.cli.arguments import port
+from interlock.cli.errors import Failure, Usage
 from interlock.host.base import Child
 from interlock.host.real import RealHost
+from interlock.host.sweep import descendants
 from interlock.testing.equality import Comparison, Completion, compare
 
 DOCUMENT_MODULES = ["argparse", "subprocess", "datetime", "logging"]
@@ -32,6 +35,7 @@ STREAM_TOKENS = 160
 FREEZE_AFTER_TOKENS = 20
 FREEZE_SECONDS = 1.5
 READY_SECONDS_MAX = 600.0
+STATUS_TOLD = 128 + signal.SIGTERM
 PLAIN = {"vllm": "a plain vLLM engine", "transformers": "the Transformers library's own generate"}
 
 
@@ -86,6 +90,7 @@ class Fleet:
         return msgspec.json.decode(await self.ctl("status", "--json"))  # type: ignore[no-any-return]
 
     async def ctl(self, *words: str) -> str:
+        """What `interlock ctl …` printed. Raises `RuntimeError` with its errors."""
         return await self.host.in_thread(self._ctl, *words)
 
     def _ctl(self, *words: str) -> str:
@@ -126,6 +131,7 @@ class Fleet:
                 yield [], [], served_by, cached or 0
 
     async def answer(self, prompt: list[int], tokens: int, engine: str | None = None) -> Answer:
+        """One whole answer of `tokens` tokens, by the named engine or whichever the router picks."""
         started = self.host.clock.monotonic_s()
         first, ids, logprobs, served_by, cached = 0.0, [], [], "", 0
         async for new, new_logprobs, served_by, cached in self.stream(prompt, tokens, engine):  # noqa: B007
@@ -138,6 +144,7 @@ class Fleet:
 async def show_reuse(
     fleet: Fleet, prompts: list[list[int]]
 ) -> tuple[list[Row], list[tuple[str, int, Completion]]]:
+    """The table's rows, and each answer as (its name, its prompt's number, its tokens)."""
     first, second = sorted(await fleet.engines())[:2]
     rows, made = [], []
     for name, engine in (("cold", first), ("same engine", first), ("other engine, shared cache", second)):
@@ -177,6 +184,7 @@ async def show_disturbed(
 
 
 def print_table(rows: list[Row], say: Callable[[str], None]) -> None:
+    """The first row is what the others are compared with."""
     cold = rows[0].first_token_ms
     say(f"\n  {'':<28}{'time to first token':>20}{'':>8}{'cached tokens':>20}")
     for row in rows:
@@ -197,22 +205,24 @@ async def running_fleet(
     engine: str = "vllm:2",
     tp: int = 1,
     data_parallel: int = 1,
+    options: Sequence[str] = (),
 ) -> AsyncIterator[Fleet]:
-    """`interlock serve` in a child process, ready; ended, with all its processes, on the way out. `engine` names numbers."""
+    """`interlock serve` in a child process, ready; ended, with all its processes, on the way out. `engine` names numbers,
+    `options` are more words for it."""
     interlock = [sys.executable, "-m", "interlock"]
     engines = sum(int(part.partition(":")[2]) for part in engine.split(","))
     shape = ["--engine", engine, "--tp", str(tp), "--data-parallel", str(data_parallel)]
-    argv = [*interlock, "serve", model, *shape, "--port", str(port), "--served-model-name", "demo"]
+    argv = [*interlock, "serve", model, *shape, "--port", str(port), "--served-model-name", "demo", *options]
     child = await host.spawn(argv, env=dict(os.environ), log=None)
     fleet = Fleet(host, child, port, interlock)
     try:
         async with asyncio.timeout(READY_SECONDS_MAX):
             while not await ready(fleet, engines):
                 if child.returncode is not None:
-                    raise SystemExit(
+                    raise Failure(
                         f"the fleet did not start (exit status {child.returncode}); the lines above say why"
                     )
-                await host.clock.sleep_s(0.5)
+                await host.clock.sleep_s(0.2)
         yield fleet
     finally:
         await fleet.client.close()
@@ -226,23 +236,20 @@ async def running_fleet(
 
 
 async def ready(fleet: Fleet, engines: int) -> bool:
-    """The endpoint answers and all engines are RUNNING, by the fleet's own word."""
+    """The endpoint answers and all engines are RUNNING, by its own word. Asked of it alone: `ctl` is a process each time, and
+    engines that start need the cores."""
     import httpx
 
     try:
         async with httpx.AsyncClient() as client:
-            answers = (
-                await client.get(f"http://127.0.0.1:{fleet.port}/health", timeout=5.0)
-            ).status_code == 200
-        return (
-            answers
-            and sum(member["state"] == "RUNNING" for member in (await fleet.status())["members"]) >= engines
-        )
-    except (httpx.HTTPError, OSError, RuntimeError):
+            answer = await client.get(f"http://127.0.0.1:{fleet.port}/health", timeout=5.0)
+        return answer.status_code == 200 and answer.json()["members"].get("RUNNING", 0) >= engines
+    except (httpx.HTTPError, OSError, ValueError):
         return False
 
 
 async def pause_and_unpause(fleet: Fleet, say: Callable[[str], None]) -> None:
+    """Freezes the fleet for FREEZE_SECONDS."""
     await fleet.ctl("pause", "--mode", "keep", "--owner", "demo")
     say("  paused: every engine stands between two steps")
     await fleet.host.clock.sleep_s(FREEZE_SECONDS)
@@ -251,6 +258,7 @@ async def pause_and_unpause(fleet: Fleet, say: Callable[[str], None]) -> None:
 
 
 async def kill_engine(fleet: Fleet, engine: str, say: Callable[[str], None]) -> None:
+    """SIGKILL to the runner of `engine`; its ranks end with it."""
     pid = (await fleet.engines())[engine]
     os.kill(pid, signal.SIGKILL)
     say(f"  SIGKILL to {engine} (process {pid})")
@@ -259,6 +267,7 @@ async def kill_engine(fleet: Fleet, engine: str, say: Callable[[str], None]) -> 
 async def show(
     fleet: Fleet, prompts: list[list[int]], reference: list[Completion], say: Callable[[str], None]
 ) -> bool:
+    """The whole show on a fleet that is ready. True when every token is `reference`'s and the cache was used."""
     started = fleet.host.clock.monotonic_s()
     for engine in sorted(await fleet.engines()):  # the first request of an engine pays for its warm-up
         await fleet.answer(prompts[0][-40:], 8, engine)
@@ -286,6 +295,7 @@ async def show(
 
 
 def verdict(comparisons: list[Comparison], rows: list[Row], say: Callable[[str], None]) -> bool:
+    """Says it and returns it."""
     equal = all(comparison.equal for comparison in comparisons)
     reused = all(row.cached_tokens > row.prompt_tokens // 2 for row in rows[1:])
     say("  all equal" if equal else "  NOT EQUAL")
@@ -295,6 +305,7 @@ def verdict(comparisons: list[Comparison], rows: list[Row], say: Callable[[str],
 
 
 def add_parser(commands: Any) -> None:
+    """Adds the command; `run` is what its arguments are given to."""
     parser = commands.add_parser(
         "demo", help="show prefix reuse, pause and an engine's death on a fleet of two, and check the tokens"
     )
@@ -302,7 +313,7 @@ def add_parser(commands: Any) -> None:
         "model", nargs="?", help="a local checkpoint directory (default: the demo model, built on first use)"
     )
     parser.add_argument(
-        "--port", type=int, default=0, help="port of the fleet that the demo starts (default: a free one)"
+        "--port", type=port, default=0, help="port of the fleet that the demo starts (default: a free one)"
     )
     parser.add_argument(
         "--engine",
@@ -314,10 +325,34 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    return asyncio.run(demo(arguments.model, arguments.port, arguments.engine))
+    """Raises `Usage` for what is no checkpoint, `Failure` when the reference or the fleet failed. Nothing outlives it, also when
+    it is interrupted or told to end (SIGTERM)."""
+    from interlock.text.errors import ModelFilesError
+
+    try:
+        return asyncio.run(_until_told(arguments))
+    except asyncio.CancelledError:
+        return STATUS_TOLD
+    except ModelFilesError as error:
+        raise Usage(str(error)) from error
+    except (RuntimeError, OSError) as error:  # a child's last words; nobody answered in time
+        raise Failure(f"the demo ended early: {error}") from error
+    finally:
+        for pid in descendants(
+            os.getpid()
+        ):  # the reference, where it was interrupted: nobody waits for it any more
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+async def _until_told(arguments: argparse.Namespace) -> int:
+    task = asyncio.ensure_future(demo(arguments.model, arguments.port, arguments.engine))
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    return await task
 
 
 async def demo(model: str | None, port: int, engine: str) -> int:
+    """Reference, fleet, show. Returns the exit status: 0 when everything held. `port` 0: a free one."""
     from interlock.engines.demo_model import build_demo_model
     from interlock.host.sockets import free_port
     from interlock.text.model import TextModel

@@ -34,10 +34,12 @@ _log = logging.getLogger(__name__)
 
 
 def encode_config(config: msgspec.Struct) -> bytes:
+    """A part's configuration as it goes to its process: JSON, paths as strings."""
     return msgspec.json.encode(config, enc_hook=str)
 
 
 def decode_config(data: bytes, kind: type[T]) -> T:
+    """The other way. Raises `msgspec.ValidationError` for what is no `kind`."""
     return msgspec.json.decode(data, type=kind, dec_hook=lambda wanted, value: wanted(value))
 
 

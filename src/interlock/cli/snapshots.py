@@ -15,6 +15,7 @@ FOLDERS = ("live", "kept")
 
 
 def add_parser(commands: Any) -> None:
+    """Adds the command; `run` is what its arguments are given to."""
     top = commands.add_parser("snapshots", help="list, show, verify and remove the snapshots of a directory")
     verbs = top.add_subparsers(dest="verb", metavar="VERB")
     words = {
@@ -38,6 +39,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Raises `Usage`, `Failure` for what is no snapshot directory. Status 1 also for what `verify` found."""
     if arguments.verb is None:
         raise Usage(f"snapshots needs one of: {VERBS}")
     directory: Path = arguments.directory

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from interlock.cli import store_peers
+from interlock.cli.arguments import count, folder, gibibytes
 from interlock.cli.errors import Failure, Usage
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ VERBS = "run, ls, stats, verify, verify-disk, rm"
 
 
 def add_parser(commands: Any) -> None:
+    """Adds the command; `run` is what its arguments are given to."""
     store = commands.add_parser(
         "store", help="a KV store node for plain vLLM engines, and a look into any node"
     )
@@ -55,7 +57,7 @@ def add_parser(commands: Any) -> None:
         verb.add_argument(
             "--prefix", default="", metavar="HEX", help="only keys that begin with these digits"
         )
-    ls.add_argument("--limit", type=int, default=0, metavar="N", help="stop after N blocks (default: all)")
+    ls.add_argument("--limit", type=count, default=0, metavar="N", help="stop after N blocks (default: all)")
     remove.add_argument("--all", action="store_true", help="every block, whoever's it is")
     _add_run_options(run_node)
     verify_disk = verbs.add_parser(
@@ -69,16 +71,18 @@ def add_parser(commands: Any) -> None:
 
 def _add_run_options(run_node: argparse.ArgumentParser) -> None:
     run_node.add_argument(
-        "--gib", type=float, default=1.0, metavar="X", help="memory for KV blocks (default 1 GiB)"
+        "--gib", type=gibibytes, default=1.0, metavar="X", help="memory for KV blocks (default 1 GiB)"
     )
     run_node.add_argument(
         "--state-dir",
         type=Path,
         help="private directory for the node's identity (default: one per address under ~/.local/state/interlock)",
     )
-    run_node.add_argument("--disk", type=Path, metavar="DIR", help="a directory for blocks that leave memory")
     run_node.add_argument(
-        "--disk-gib", type=float, default=10.0, metavar="X", help="its size (default 10 GiB)"
+        "--disk", type=folder, metavar="DIR", help="a directory for blocks that leave memory"
+    )
+    run_node.add_argument(
+        "--disk-gib", type=gibibytes, default=10.0, metavar="X", help="its size (default 10 GiB)"
     )
     run_node.add_argument(
         "--quota",
@@ -110,6 +114,7 @@ def _add_run_options(run_node: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Raises `Usage`, and `Failure` when the node cannot be had or asked. Status 1 also for what `verify` found."""
     if arguments.verb is None:
         raise Usage(f"store needs one of: {VERBS}")
     if arguments.verb == "verify-disk":
@@ -300,7 +305,7 @@ async def _rm(client: AsyncStoreClient, arguments: argparse.Namespace) -> int:
         _say(f"{gone} blocks forgotten")
         if missed:
             _say(
-                f"these nodes did not answer: {', '.join(missed)}; say it again when they are back, for what they have could return"
+                f"not yet at {', '.join(missed)}: away, or their disks did not let it through; they carry it out when they can, and nothing comes back from them"
             )
     return 1 if missed else 0
 

@@ -35,6 +35,7 @@ TLS_WORDS = {
 
 
 def add_options(run_node: argparse.ArgumentParser) -> None:
+    """For `store run`, with an example of two hosts below its help."""
     run_node.formatter_class, run_node.epilog = argparse.RawDescriptionHelpFormatter, EXAMPLE
     peers = run_node.add_argument_group("blocks of other hosts", WORDS)
     peers.add_argument(

@@ -18,7 +18,9 @@ import tempfile
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
+from interlock.cli.arguments import mebibytes, name, seconds
 from interlock.cli.errors import Failure, Usage
+from interlock.host.leaving import signalled
 
 if TYPE_CHECKING:
     from interlock.transfer.engine import TransferEngine
@@ -30,6 +32,7 @@ BENCH_SECONDS = 0.5
 
 
 def add_parser(commands: Any) -> None:
+    """Adds the command; `run` is what its arguments are given to."""
     transfer = commands.add_parser(
         "transfer",
         help="transfer engines by hand",
@@ -38,9 +41,11 @@ def add_parser(commands: Any) -> None:
     )
     verbs = transfer.add_subparsers(dest="verb", metavar="VERB")
     serve = verbs.add_parser("serve", help="offer memory to read until Ctrl-C")
-    serve.add_argument("--name", required=True)
+    serve.add_argument("--name", required=True, type=name, help="what peers call it")
     serve.add_argument("--address", required=True, metavar="unix:/PATH|tcp:HOST:PORT")
-    serve.add_argument("--mib", type=int, default=256, help="memory to offer (default 256 MiB)")
+    serve.add_argument(
+        "--mib", type=mebibytes, default=256, metavar="N", help="memory to offer (default 256 MiB)"
+    )
     for verb, words in {
         "ping": "how far is it to a peer and back",
         "peers": "which peers can be connected, and how soon",
@@ -49,7 +54,7 @@ def add_parser(commands: Any) -> None:
     }.items():
         parser = verbs.add_parser(verb, help=words)
         parser.add_argument("peer", nargs="+", metavar="NAME[=ADDRESS]")
-        parser.add_argument("--timeout", type=float, default=10.0, metavar="S")
+        parser.add_argument("--timeout", type=seconds, default=10.0, metavar="S", help="default 10")
     for parser in verbs.choices.values():
         parser.add_argument(
             "--coordinator", default="", metavar="ADDRESS", help="ask this coordinator for addresses"
@@ -58,6 +63,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Raises `Usage`, and `Failure` when the peer cannot be reached or read."""
     if arguments.verb is None:
         raise Usage("transfer needs one of: serve, ping, peers, explain, bench")
     from interlock.core.errors import InterlockError
@@ -114,11 +120,14 @@ async def _serve(arguments: argparse.Namespace) -> int:
     from interlock.host.memory import create_memory
 
     memory = create_memory("interlock-bench", arguments.mib << 20)
-    async with _engine(arguments, arguments.name, arguments.address, {}) as engine:
-        engine.register(memory, BENCH_LABEL)
-        sys.stdout.write(f"{arguments.name} offers {arguments.mib} MiB at {engine.address}; Ctrl-C ends it\n")
-        sys.stdout.flush()
-        await asyncio.Event().wait()
+    with signalled() as told:
+        async with _engine(arguments, arguments.name, arguments.address, {}) as engine:
+            engine.register(memory, BENCH_LABEL)
+            sys.stdout.write(
+                f"{arguments.name} offers {arguments.mib} MiB at {engine.address}; Ctrl-C ends it\n"
+            )
+            sys.stdout.flush()
+            await told.wait()
     return 0
 
 

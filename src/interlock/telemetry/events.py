@@ -35,7 +35,9 @@ class Event(msgspec.Struct, frozen=True):
 class Sink(Protocol):
     """Where events are written to: `host.files.AppendFile`, `host.files.RotatingFile`."""
 
-    def append(self, line: bytes) -> None: ...
+    def append(self, line: bytes) -> None:
+        """One whole line. Raises `OSError` or `ValueError` when it cannot be kept: the log then gives the sink up."""
+        ...
 
 
 class Ring(msgspec.Struct, frozen=True):
@@ -69,6 +71,7 @@ class EventLog:
         return self._count
 
     def emit(self, name: str, **fields: Any) -> Event:
+        """Keeps one event, with its number and both clocks. `fields` are what JSON can say; never raises for a full disk."""
         self._count += 1
         event = Event(self._count, self._clock.monotonic_s(), self._clock.wall_ns(), name, fields)
         self._kept.append(event)

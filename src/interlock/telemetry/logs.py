@@ -10,6 +10,7 @@ class OneLine(logging.Formatter):
     """A traceback or a message with line breaks stays one line: what came from outside cannot forge another record."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """The record, its line breaks escaped: nobody outside can write a line of ours."""
         return super().format(record).replace("\r", "\\r").replace("\n", "\\n")
 
 
