@@ -159,7 +159,8 @@ class Bench:
         kept: dict[str, list[dict[str, Any]]] = {}
         compare(point, "requests/s", self._sides(question, kept, "rate"), self._given.rounds, base="megatron")
         for side, answers in kept.items():
-            line({"point": point, "side": side, **_middle(answers[1:] or answers)})
+            if answers:  # a side that failed was named
+                line({"point": point, "side": side, **_middle(answers[1:] or answers)})
 
     def alone(self) -> None:
         asked = {"ours": self._ours} | ({} if self._megatron is None else {"megatron": self._megatron})

@@ -9,6 +9,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 sys.path.append(str(Path(__file__).parent))
@@ -68,6 +69,13 @@ class Fleet:
         if lose_state:
             for file in (self.directory / "coordinator").iterdir():
                 file.unlink()
+
+    def end_holds(self) -> None:
+        """Their deadlines are over now. A hold of a fraction of a second may end before its pause stands, where no core is free."""
+        assert self.coordinator is not None
+        decisions = self.coordinator._decisions
+        ended = tuple(msgspec.structs.replace(hold, deadline_s=0.0) for hold in decisions.fleet.holds)
+        decisions.fleet = msgspec.structs.replace(decisions.fleet, holds=ended)
 
     async def engine(self, name: str, *, directory: str = "", **more: object) -> ScriptedEngine:
         home = self.directory / (directory or name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,9 +15,10 @@ from interlock.core.errors import ChannelFault
 from interlock.core.identity import Epoch
 from interlock.fleet.client import CommandFailed, FleetClient
 from interlock.fleet.coordinator import Deposed
+from interlock.fleet.coordinator_state import CoordinatorFile
 from interlock.fleet.generation import NoMember
 from interlock.wire.engine_messages import Dispatch
-from interlock.wire.fleet_messages import Command, CommandProgress
+from interlock.wire.fleet_messages import Command, CommandProgress, MemberGone
 
 PROMPT = [11, 22, 33]
 Fleet = Any
@@ -99,8 +101,9 @@ async def test_a_pause_repeated_by_its_owner_changes_nothing(fleet: Fleet) -> No
 
 async def test_a_hold_ends_at_its_deadline(fleet: Fleet) -> None:
     (a,) = await start(fleet, "a")
-    await fleet.client.pause(owner="trainer", hold_seconds=0.3)
+    await fleet.client.pause(owner="trainer", hold_seconds=3600.0)
     assert a.member.state == "PAUSED"
+    fleet.end_holds()
     await fleet.ready("a")
 
 
@@ -484,6 +487,84 @@ async def test_what_cannot_be_kept_is_not_begun(fleet: Fleet, monkeypatch: pytes
     assert a.targets[-1].epoch == before.epoch
     monkeypatch.setattr(fleet.host.files, "write_in_place", write)
     assert (await fleet.client.pause(owner="t")).ok
+
+
+async def test_a_disk_that_fails_when_a_hold_ends_leaves_the_coordinator_answering(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Something had changed and could not be told, so it did not wait: it tried again without letting anybody else run."""
+    await start(fleet, "a")
+    await fleet.client.pause(owner="t", hold_seconds=3600.0)
+    coordinator, write, tries = fleet.coordinator, fleet.host.files.write_in_place, []
+
+    def full(*_: object) -> None:
+        tries.append(1)
+        assert len(tries) < 1000, "it does nothing else any more"
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(fleet.host.files, "write_in_place", full)
+    fleet.end_holds()
+    coordinator._changed.set()
+    await fleet.until(lambda: len(tries) >= 2 or fleet.running.done())
+    assert not fleet.running.done()
+    assert (await fleet.client.status()).target == "PAUSED"
+    monkeypatch.setattr(fleet.host.files, "write_in_place", write)
+    await fleet.ready("a")
+
+
+async def test_an_update_whose_end_could_not_be_kept_at_first_ends_all_the_same(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights stayed unknown for ever: that they were there was not looked at again."""
+    await start(fleet, "a", abilities=("updates",))
+    await fleet.client.pause(owner="t")
+    write, refused = fleet.host.files.write_in_place, []
+
+    def full_once(path: Path, pieces: list[tuple[int, bytes]]) -> None:
+        if not refused and b'"version":"v1","version_known":true' in pieces[0][1]:
+            refused.append(path)
+            raise OSError(28, "No space left on device")
+        write(path, pieces)
+
+    monkeypatch.setattr(fleet.host.files, "write_in_place", full_once)
+    await fleet.client.update_weights("v1", "/weights/v1", owner="t")
+    assert refused
+    assert fleet.coordinator.fleet.version_known, "who hears that it is done may say UNPAUSE at once"
+    await fleet.client.unpause(owner="t")
+    await fleet.ready("a")
+
+
+async def test_the_launcher_hears_that_an_end_is_known_once_it_is_kept(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a coordinator that starts again waits for that life, and nobody says its end again."""
+    (a,) = await start(fleet, "a")
+    coordinator, told = fleet.coordinator, []
+    file = fleet.directory / "coordinator"
+
+    def kept() -> list[str]:
+        stored, _ = CoordinatorFile(fleet.host, file).load()
+        return [member.name for member in stored.members]
+
+    async def send(*_: object) -> None:
+        told.append(kept())
+
+    async def fault(_: object, code: str, *more: object, retryable: bool) -> None:
+        assert retryable
+        told.append(code)
+
+    assert kept() == ["a"]
+    launcher = SimpleNamespace(send=send, fault=fault)
+    gone = MemberGone("a", a.me.incarnation)
+    with monkeypatch.context() as patched:
+
+        def full(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        patched.setattr(fleet.host.files, "write_in_place", full)
+        await coordinator._gone(launcher, SimpleNamespace(number=1), gone)
+    await coordinator._gone(launcher, SimpleNamespace(number=2), gone)
+    assert told == ["not_kept", []]
 
 
 async def test_a_state_file_that_cannot_be_read_is_a_lost_one(fleet: Fleet) -> None:

@@ -9,8 +9,12 @@ import pytest
 from scripted_engine import continuation_of, read
 
 from interlock.core.limits import DISPATCHES_PER_FRAME_MAX
+from interlock.core.sampling import Sampling
 from interlock.fleet.dispatching import cache_salt
 from interlock.fleet.generation import RequestFailed
+from interlock.fleet.kept_requests import KeptRequest
+from interlock.fleet.ledger import GenerationRequest
+from interlock.fleet.made import Made
 from interlock.wire.engine_messages import Dispatch, DispatchAll
 
 if TYPE_CHECKING:
@@ -59,3 +63,21 @@ async def test_a_burst_is_shared_among_engines_and_leaves_in_few_frames(fleet: F
     assert len(sent) <= 4
     shares = [sum(isinstance(body, Dispatch) for body in engine.heard) for engine in engines]
     assert shares == [count // 2, count // 2]
+
+
+async def test_a_line_of_an_earlier_life_that_cannot_be_carried_on_is_not_begun_anew(fleet: Fleet) -> None:
+    """Its client has tokens of it: others, from the beginning, would be a wrong answer."""
+    await fleet.start_coordinator()
+    engine = await fleet.engine("a", instant=True)
+    dispatcher = await fleet.start_dispatcher()
+    await fleet.ready("a")
+    sampling = Sampling(max_tokens=8, temperature=1.0, seed=7)
+    request = GenerationRequest(id="kept", prompt=[1, 2], sampling=sampling)
+    made = [Made("0", 3)]
+    kept = KeptRequest(request=request, prompt_tokens=2, delivered=[3, 4, 5], made=made, attempt=1)
+    dispatcher._requests.last_life.restore(kept)
+    dispatcher._requests.wake.set()
+    with pytest.raises(RequestFailed, match="seed cannot be carried on") as failed:
+        await read(dispatcher.take_up("kept"))
+    assert failed.value.code == "cannot_continue"
+    assert not engine.said(Dispatch)

@@ -253,7 +253,8 @@ async def test_every_transition_hold_and_refusal_is_an_event_and_a_count(fleet: 
     with pytest.raises(ChannelFault):
         await fleet.client.resume(owner="trainer")
     await fleet.client.unpause(owner="operator", break_hold_of="trainer")
-    await fleet.client.pause(owner="brief", hold_seconds=0.05)
+    await fleet.client.pause(owner="brief", hold_seconds=60.0)
+    fleet.end_holds()
     await fleet.ready("a")
     told = await fleet.client.events()
     assert [event.number for event in told.events] == list(range(1, told.last + 1))

@@ -50,6 +50,21 @@ async def test_an_end_is_acknowledged_when_it_is_read(fleet: Fleet) -> None:
     await fleet.until(lambda: not engine.streams)
 
 
+async def test_ends_are_acknowledged_while_there_is_always_more_to_dispatch(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Engines keep what is not acknowledged: at a thousand in flight they were full, and clients were turned away."""
+    engine = await started(fleet)
+    dispatcher = fleet.dispatcher
+    assert dispatcher is not None
+    some = dispatcher._dispatching.dispatch_some
+    monkeypatch.setattr(dispatcher._dispatching, "dispatch_some", lambda: (some(), True)[1])
+    monkeypatch.setattr(type(dispatcher._requests), "waiting", property(lambda _: True))
+    one = fleet.ask([1], 3)
+    assert await read(one) == (continuation_of([1], 3), "length")
+    await fleet.until(lambda: acknowledged(engine) == [one.request.id])
+
+
 async def test_what_nobody_will_read_is_acknowledged_too(fleet: Fleet) -> None:
     engine = await started(fleet)
     dispatcher = fleet.dispatcher

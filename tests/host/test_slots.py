@@ -201,3 +201,13 @@ def test_the_lives_find_a_file_that_is_overwritten_where_it_stands() -> None:
 
 def test_the_lives_find_a_save_that_is_not_synced() -> None:
     find_it(Unsynced)
+
+
+def test_a_file_that_somebody_took_away_is_made_anew(tmp_path: Path) -> None:
+    """Else no save of this life would ever succeed again."""
+    file = slot_file(tmp_path)
+    file.save(b"0")
+    file.path.unlink()
+    for number in range(1, 4):
+        file.save(b"%d" % number)
+        assert slot_file(tmp_path).load() == b"%d" % number

@@ -417,3 +417,42 @@ async def test_cancelled_requests_leave_nothing_behind(place: Any) -> None:
     await server.send(place.Tell("message"))
     assert (await anext(client.messages())).body.text == "message"
     assert not client._pending
+
+
+async def test_a_close_that_is_cancelled_closes_all_the_same(place: Any) -> None:
+    """Whoever closes may have a deadline of its own: nobody else would end the three tasks and the connection."""
+    client, _ = await place.pair()
+    sending = asyncio.Event()
+
+    async def stuck(*_: object) -> None:
+        sending.set()
+        await asyncio.Event().wait()
+
+    client._stream.send = stuck
+    await client.send(place.Ask("this does not leave"))
+    await sending.wait()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.01):
+            await client.close()
+    assert client.closed is not None
+    async with asyncio.timeout(20):
+        await asyncio.gather(*client._tasks, return_exceptions=True)
+
+
+async def test_descriptors_of_a_message_that_found_no_room_are_closed_with_the_channel(
+    place: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("interlock.wire.duplex.INBOX_MESSAGES_MAX", 1)
+    client, server = await place.pair()
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    await client.send(place.Ask("takes the room"))
+    await client.send(place.Ask("waits"), fds=[writer])
+    os.close(writer)
+    async with asyncio.timeout(20):
+        while server._talk._heard < 3:
+            await asyncio.sleep(0.001)
+    assert not server._arrived_fds, "the message that waits has them"
+    await server.close()
+    assert os.read(reader, 1) == b"", "nobody has the other end any more"
+    os.close(reader)

@@ -127,3 +127,20 @@ def test_memory_of_peers_is_bounded_and_keeps_those_heard_last(known: KnownPeers
     known.admit("one more", 1, b"", None)
     assert known.highest("first") == 5
     assert known.highest("peer-0") == 0
+
+
+def test_a_life_that_cannot_be_stored_is_not_spoken_as(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identity = load_identity(SteppedHost(10), tmp_path, "a")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(identity._files, "write_durably", full)
+        with pytest.raises(OSError, match="No space"):
+            identity.raise_above(5000, by="b")
+    assert identity.incarnation == 10, "what is on disk"
+    identity.raise_above(5000, by="b")
+    assert identity.incarnation == 5001

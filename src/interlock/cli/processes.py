@@ -23,7 +23,13 @@ from interlock.core.limits import CHILD_GRACE_SECONDS
 from interlock.fleet.launchers.rundir import ChildMark
 from interlock.host.processes import parent_gone
 from interlock.host.real import RealHost
-from interlock.host.sweep import end_marked_now, own_mark, parent_pipe_ended, wait_parent_pipe_ended
+from interlock.host.sweep import (
+    FileLock,
+    end_marked_now,
+    own_mark,
+    parent_pipe_ended,
+    wait_parent_pipe_ended,
+)
 from interlock.host.threads import Event, start_thread
 from interlock.telemetry.logs import configure_logging
 
@@ -81,8 +87,15 @@ async def _coordinator(host: RealHost, data: bytes) -> int:
 
     config = decode_config(data, CoordinatorConfig)
     host.files.make_private_dir(config.state_dir)
+    # A fleet whose supervisor was killed may be on its way out still; what it writes would land in the file of this one.
+    lock = FileLock.take(config.state_dir / "lock", within_s=CHILD_GRACE_SECONDS)
+    if lock is None:
+        raise OSError(f"{config.state_dir} is in use by another coordinator; end that one, or name another")
     events = open_event_log(host.files, host.clock, config.state_dir)
-    return await _until_told(run_coordinator(host, config, events=events))
+    try:
+        return await _until_told(run_coordinator(host, config, events=events))
+    finally:
+        lock.release()
 
 
 async def _store(host: RealHost, data: bytes) -> int:

@@ -77,6 +77,7 @@ def report_of(record: CommandRecord, progress: CommandProgress, left_s: float) -
 
 
 def members_of(judged: Condition) -> list[MemberProgress]:
+    """Where each member stands, as it is told to who asked for the command."""
     return [MemberProgress(r.name, r.incarnation, r.word, outcome) for r, outcome in judged.members]
 
 

@@ -133,12 +133,15 @@ class Coordinator:
             told_s = now if heartbeat else told_s
             try:
                 await self._turn(now, heartbeat=heartbeat)
-                refused = ""
             except OSError as error:
                 if str(error) != refused:
                     self._news.emit("state_not_kept", reason=str(error))
                 refused = str(error)
-            await self._wait_for_change()
+                # Not `_wait_for_change`: what has changed is not told yet, so that would not wait, and nobody else would run.
+                await self._host.clock.sleep_s(TICK_SECONDS)
+            else:
+                refused = ""
+                await self._wait_for_change()
         raise Deposed(
             f"{self._me.name} has heard of a higher epoch and leads no more", hint="ask its successor"
         )
@@ -277,6 +280,7 @@ class Coordinator:
         try:
             if not said.again:
                 await self._decisions.decide(Excused(name, said.incarnation))
+            self._decisions.save_members()
         except OSError as error:
             await channel.fault(received, "not_kept", str(error), retryable=True)
             return

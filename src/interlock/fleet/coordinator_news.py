@@ -245,6 +245,7 @@ class News:
 
 
 def worded(event: Event) -> say.Happened:
+    """An event as it is told: its fields are short words and numbers."""
     return say.Happened(
         event.number, event.wall_ns, event.name, {name: _word(v) for name, v in event.fields.items()}
     )

@@ -361,6 +361,7 @@ class Dispatcher:
             self._hearing.acknowledge_read()
             while requests.waiting and not self._holding and self._dispatching.dispatch_some():
                 await self._host.clock.sleep_s(0)  # links write before there is more for them
+                self._hearing.acknowledge_read()  # under load there is always more, and engines keep what is not acknowledged
 
     async def _tick(self) -> None:
         while True:

@@ -6,7 +6,7 @@ for a peer.
 
 from __future__ import annotations
 
-from interlock.core.continuation import Complete, Continue
+from interlock.core.continuation import Complete, Continue, Refuse
 from interlock.core.errors import LocalProtocolError
 from interlock.core.limits import DISPATCH_BATCH_BYTES, DISPATCHES_PER_FRAME_MAX
 from interlock.fleet.engine_link import EngineLink
@@ -71,6 +71,9 @@ class Dispatching:
         decision = requests.decide(entry, member.facts.max_model_tokens)
         if isinstance(decision, Complete):
             requests.complete(entry, decision)
+            return True
+        if isinstance(decision, Refuse):  # a line of an earlier life; others are not queued then
+            requests.refuse(entry, decision)
             return True
         prompt, sampling = request.prompt, request.sampling
         if isinstance(decision, Continue):

@@ -253,6 +253,7 @@ class EngineLink:
             return
         self._watch = watch
         self._exit_task = asyncio.create_task(self._report_exit(watch), name=f"exit of {self.life}")
+        self._exit_task.add_done_callback(self._on_end)
 
     async def _report_exit(self, watch: Watch) -> None:
         await watch.wait_exited()

@@ -147,9 +147,10 @@ class RequestsKeeper:
     async def _release(self) -> None:
         if not self.holding:
             return
+        self._saved_changes = -1  # what was saved is there no more, also where SUSPENDED is heard meanwhile
         if self._on_disk:
             await self._host.in_thread(self._file.empty)
             self._on_disk = False
         if self._target is not None and self._target[1] != State.SUSPENDED:
-            self.holding, self._saved_changes = False, -1
+            self.holding = False
             self._on_released()

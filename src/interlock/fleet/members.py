@@ -105,7 +105,8 @@ class Members:
 
     def lives(self) -> dict[str, int]:
         """The newest of each name that is known."""
-        return self._ends | {name: seat.record.incarnation for name, seat in self._seats.items()}
+        seated = {name: seat.record.incarnation for name, seat in self._seats.items()}
+        return {name: max(self._ends.get(name, 0), seated.get(name, 0)) for name in self._ends | seated}
 
     def forget_lost(self) -> None:
         """New lives are launched: those that are over are waited for no more. That they are over is remembered."""
@@ -148,8 +149,7 @@ class Members:
         """The launcher's word. 0: every life of that name so far."""
         seat = self._seats.get(name)
         if seat is None:
-            if len(self._ends) < MEMBERS_MAX:
-                self._ends[name] = max(self._ends.get(name, 0), incarnation)
+            self.forbid(name, incarnation)
             return
         self._event(seat, Gone(incarnation))
 

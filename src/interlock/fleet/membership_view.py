@@ -133,6 +133,7 @@ class MembershipView:
 
     async def _follow(self, channel: Channel) -> None:
         self._channel = channel
+        told: set[tuple[str, int]] = set()
         await channel.send(self._watch())
         async for received in channel.messages():
             word = received.body
@@ -143,10 +144,10 @@ class MembershipView:
                 self.last_error = f"{channel.peer} speaks of epoch {word.epoch}, {known.epoch} is known"
                 await channel.send(self._watch())
                 continue
-            if any(self._is_over(member) for member in word.members):
-                await channel.send(
-                    self._watch()
-                )  # a coordinator that started again has forgotten that life's successor
+            over = {(member.name, member.incarnation) for member in word.members if self._is_over(member)}
+            if not over <= told:  # a coordinator that started again has forgotten those lives' successors
+                await channel.send(self._watch())
+            told = over  # once: it answers each of our words, and may list them until their next lives report
             self.current = word
             if word != known:
                 self._on_change(word)

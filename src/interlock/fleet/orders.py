@@ -137,7 +137,7 @@ class Orders:
     # --- under way ------------------------------------------------------------------------------------------------
 
     async def judge(self) -> None:
-        """Finish the commands that can be, tell their listeners how far the others are, settle the epoch once.
+        """Settle the epoch once, finish the commands that can be, tell their listeners how far the others are.
 
         Raises `OSError`: what could not be kept is under way still.
         """
@@ -146,20 +146,22 @@ class Orders:
         if fleet.phase is not Phase.LEADING:
             return
         records = self._members.records()
-        settled = False
+        settled, found = False, []
         for record in decisions.book.under_way():
             after, judged = judge(record, fleet, records, now_s, self._fronts)
-            if after.done:
-                self._finish(record, after)
             own = record.epoch == fleet.epoch or fleet.stop_for is not None
             settled |= own and bool(judged and judged.done and judged.ok)
-            await self._tell_listeners(after, self._measured(progress_of(after, judged)))
+            found.append((record, after, judged))
         if not decisions.settled:
             stands = condition(records, fleet.epoch, fleet.state, unseen=fleet.awaited)
-            settled |= self._fronts.judge(stands, fleet, now_s).ok
-            if settled:
-                decisions.settled = decisions.fleet.epoch == fleet.epoch
+            if settled or self._fronts.judge(stands, fleet, now_s).ok:
+                # Kept before anybody is told: who hears that an update is done may say UNPAUSE at once.
                 await decisions.decide(Settled(fleet.epoch, ok=True))
+                decisions.settled = decisions.fleet.epoch == fleet.epoch
+        for record, after, judged in found:
+            if after.done:
+                self._finish(record, after)
+            await self._tell_listeners(after, self._measured(progress_of(after, judged)))
 
     def _finish(self, record: CommandRecord, after: CommandRecord) -> None:
         """Raises `OSError`: it is under way until its outcome is kept."""

@@ -20,6 +20,8 @@ class _Entry(msgspec.Struct, frozen=True):
 
 
 class PeerBook:
+    """What peers announced, by name; mutable, one a coordinator."""
+
     def __init__(self) -> None:
         self._entries: dict[str, _Entry] = {}
         self._channels: dict[Channel, None] = {}

@@ -240,11 +240,7 @@ class Requests:
         self.ledger.release(request)
         decision = self.decide(entry)
         if isinstance(decision, Refuse):
-            lost = f"the engine was lost after {len(entry.delivered)} tokens, and {decision.parameter} cannot be carried on"
-            error = RequestFailed(
-                "cannot_continue", f"{lost}: {decision.reason}", hint="send the request again"
-            )
-            self.fail(entry, error)
+            self.refuse(entry, decision)
             return
         if isinstance(decision, Complete):
             self.complete(entry, decision)
@@ -254,6 +250,12 @@ class Requests:
         self.queue[request] = None
         self.queue.move_to_end(request, last=False)
         self.wake.set()
+
+    def refuse(self, entry: Entry, why: Refuse) -> None:
+        """Nobody else could go on from what was delivered."""
+        lost = f"the engine was lost after {len(entry.delivered)} tokens, and {why.parameter} cannot be carried on"
+        error = RequestFailed("cannot_continue", f"{lost}: {why.reason}", hint="send the request again")
+        self.fail(entry, error)
 
     def complete(self, entry: Entry, end: Complete) -> None:
         """All of it was delivered, only the word of its end was lost."""

@@ -201,6 +201,8 @@ class Supervisor:
         part, clock = kept.part, self._host.clock
         while not self._leaving.is_set():
             await clock.sleep_s(self._pause_s(kept))
+            if self._leaving.is_set():
+                return  # who is started now is in nobody's list of what has to be ended
             kept.starts.append(clock.monotonic_s())
             self._ended.next_begins(part.name)
             try:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from interlock.core.fleet_state import Commanded
 from interlock.core.limits import NAME_CHARS_MAX, REQUEST_SECONDS_MAX
+from interlock.core.targets import TARGETS, Hold, KeptCache, Mode, State
 from interlock.core.targets import Command as Verb
-from interlock.core.targets import Hold, KeptCache, Mode, State
 from interlock.core.targets import Target as CoreTarget
 from interlock.wire import fleet_messages as say
 
@@ -15,10 +15,12 @@ word of a broken engine would leave no number that fits into a message."""
 
 
 def hold_in_words(hold: Hold) -> say.Hold:
+    """A hold as messages say it."""
     return say.Hold(hold.owner, hold.mode, hold.deadline_s)
 
 
 def target_in_words(target: CoreTarget) -> say.Target:
+    """A target as messages say it; `target_in_types` is the way back."""
     holds = [hold_in_words(hold) for hold in target.holds]
     return say.Target(
         target.epoch, target.state, target.mode, target.version, holds, target.weights, target.kv
@@ -29,10 +31,13 @@ def target_in_types(target: say.Target) -> CoreTarget:
     """What somebody remembers. Raises ValueError for words that do not exist, and for an epoch that no coordinator can have told."""
     if not 0 <= target.epoch.term < TERM_MAX or target.epoch.number < 0:
         raise ValueError(f"no coordinator has told epoch {target.epoch}: terms are below {TERM_MAX}")
+    state = State(target.state)
+    if state not in TARGETS:
+        raise ValueError(f"no coordinator has told anybody to be {state}: targets are {', '.join(TARGETS)}")
     holds = tuple(Hold(hold.owner, Mode(hold.mode), hold.deadline_s) for hold in target.holds)
     return CoreTarget(
         target.epoch,
-        State(target.state),
+        state,
         Mode(target.mode),
         target.version,
         holds,

@@ -78,8 +78,12 @@ class SlotFile:
             return
         slot = 1 - self._durable
         places = [(slot + SLOTS * copy) * self._slot_bytes for copy in range(COPIES)]
-        self._files.write_in_place(self.path, [(place, record) for place in places])
-        self._durable = slot
+        try:
+            self._files.write_in_place(self.path, [(place, record) for place in places])
+        except FileNotFoundError:  # somebody took it away: else no save would succeed any more
+            self._begin(record)
+        else:
+            self._durable = slot
 
     def _begin(self, record: bytes) -> None:
         """A new file, written in full: its blocks are there, and none is allotted later."""

@@ -110,6 +110,8 @@ class ContentPart(msgspec.Struct, frozen=True):
 
 
 class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One message of a conversation, as OpenAI's API names its fields; a text, or parts that are texts."""
+
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[ContentPart] | None = None
     name: Annotated[str, Meta(max_length=NAME_CHARS_MAX)] | None = None

@@ -9,10 +9,14 @@ from interlock.fleet.generation import Made
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):
+    """How many tokens of the prompt came from the cache."""
+
     cached_tokens: int
 
 
 class Usage(msgspec.Struct, frozen=True):
+    """Tokens of the prompt and of all choices."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
@@ -22,6 +26,7 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 def usage_of(prompt_tokens: int, generated_tokens: int, cached_tokens: int, made: list[list[Made]]) -> Usage:
+    """`made`: of each choice, which weights made its tokens; left out where no version is known."""
     return Usage(
         prompt_tokens,
         generated_tokens,
@@ -32,6 +37,8 @@ def usage_of(prompt_tokens: int, generated_tokens: int, cached_tokens: int, made
 
 
 class CompletionLogprobs(msgspec.Struct, frozen=True):
+    """Lists of one length: an entry a token."""
+
     text_offset: list[int]
     token_logprobs: list[float | None]
     tokens: list[str]
@@ -39,6 +46,8 @@ class CompletionLogprobs(msgspec.Struct, frozen=True):
 
 
 class CompletionChoice(msgspec.Struct, frozen=True):
+    """One answer, or a piece of it."""
+
     index: int
     text: str
     logprobs: CompletionLogprobs | None
@@ -60,12 +69,16 @@ class Completion(msgspec.Struct, frozen=True):
 
 
 class Alternative(msgspec.Struct, frozen=True):
+    """A token that might have come instead; `bytes`: its UTF-8."""
+
     token: str
     logprob: float
     bytes: list[int]
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
+    """A token, and the likeliest in its place."""
+
     token: str
     logprob: float
     bytes: list[int]
@@ -73,22 +86,30 @@ class TokenLogprob(msgspec.Struct, frozen=True):
 
 
 class ChatLogprobs(msgspec.Struct, frozen=True):
+    """An entry a token."""
+
     content: list[TokenLogprob]
     refusal: None = None
 
 
 class Message(msgspec.Struct, frozen=True):
+    """What the assistant says, whole."""
+
     role: str
     content: str
     refusal: None = None
 
 
 class Delta(msgspec.Struct, frozen=True):
+    """A piece of what the assistant says; its role comes once, first."""
+
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
 
 
 class ChatChoice(msgspec.Struct, frozen=True):
+    """One whole answer."""
+
     index: int
     message: Message
     logprobs: ChatLogprobs | None
@@ -97,6 +118,8 @@ class ChatChoice(msgspec.Struct, frozen=True):
 
 
 class ChatChunkChoice(msgspec.Struct, frozen=True):
+    """A piece of one answer."""
+
     index: int
     delta: Delta
     logprobs: ChatLogprobs | None
@@ -105,6 +128,8 @@ class ChatChunkChoice(msgspec.Struct, frozen=True):
 
 
 class Chat(msgspec.Struct, frozen=True):
+    """An answer, or a chunk of a stream; `object` says which."""
+
     id: str
     object: str
     created: int

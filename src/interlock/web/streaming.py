@@ -27,10 +27,12 @@ STREAM_HEADERS: Headers = [(b"cache-control", b"no-cache"), (b"x-accel-buffering
 
 
 def event(chunk: msgspec.Struct) -> bytes:
+    """One server-sent event."""
     return b"data: " + encoder.encode(chunk) + b"\n\n"
 
 
 def events(chunks: Iterable[msgspec.Struct]) -> bytes:
+    """Several, for one write."""
     return b"".join(map(event, chunks))
 
 

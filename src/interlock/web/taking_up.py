@@ -43,6 +43,8 @@ NUMBERS_CHARS_MAX = 16 * GENERATIONS_PER_REQUEST_MAX
 
 
 class TakeUpQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    """`after`: for each choice, how many tokens are had already."""
+
     after: Annotated[str, Meta(max_length=NUMBERS_CHARS_MAX, pattern=r"^[0-9]{1,9}(,[0-9]{1,9})*$")] = "0"
     stream: bool = True
 

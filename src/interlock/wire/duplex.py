@@ -210,10 +210,12 @@ class Channel:
 
     async def close(self) -> None:
         """Lets the last words leave (for a bounded time), then closes. Idempotent."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(CLOSE_SECONDS_MAX):
-                await self._outbox_empty.wait()
-        self._shut(ChannelClosed(f"this side closed the channel to {self.peer}"))
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CLOSE_SECONDS_MAX):
+                    await self._outbox_empty.wait()
+        finally:  # also where whoever closes is cancelled: nobody would close it again
+            self._shut(ChannelClosed(f"this side closed the channel to {self.peer}"))
         me = asyncio.current_task()
         await asyncio.gather(*(task for task in self._tasks if task is not me), return_exceptions=True)
 
@@ -333,9 +335,13 @@ class Channel:
                     envelope.number,
                 )
         else:
-            while len(self._inbox) >= INBOX_MESSAGES_MAX:
-                self._inbox_taken.clear()
-                await self._inbox_taken.wait()
+            try:
+                while len(self._inbox) >= INBOX_MESSAGES_MAX:
+                    self._inbox_taken.clear()
+                    await self._inbox_taken.wait()
+            except asyncio.CancelledError:
+                _close_all(fds)
+                raise
             self._inbox.append(Received(envelope.number, envelope.answers, body, tuple(fds)))
             self._inbox_filled.set()
 

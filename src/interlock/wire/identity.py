@@ -105,24 +105,24 @@ class DurableIdentity(Identity):
 
     def store(self) -> None:
         """Puts name and incarnation on disk, synced. Raises `OSError`."""
-        self._files.write_durably(
-            self._path, seal(msgspec.json.encode(_Stored(self._name, self._incarnation)))
-        )
+        self._keep(_Stored(self._name, self._incarnation))
+
+    def _keep(self, stored: _Stored) -> None:
+        self._files.write_durably(self._path, seal(msgspec.json.encode(stored)))
 
     def raise_above(self, highest: int, by: str) -> None:
         if self._accepted:
             self.outlived(highest)
             super().raise_above(highest, by)
-        self._incarnation = next_incarnation(
-            stored=self._incarnation, wall_ns=self._clock.wall_ns(), refused=highest
-        )
-        self.store()
+        raised = next_incarnation(stored=self._incarnation, wall_ns=self._clock.wall_ns(), refused=highest)
+        self._keep(_Stored(self._name, raised))  # before any message says it
+        self._incarnation = raised
 
     def outlived(self, highest: int) -> None:
         """Else a name whose state was lost and whose clock stepped back would begin lives below the known one for ever."""
         stored = _Stored(self._name, self._incarnation, above=highest)
         with contextlib.suppress(OSError):  # then the next life is refused once more
-            self._files.write_durably(self._path, seal(msgspec.json.encode(stored)))
+            self._keep(stored)
 
 
 def incarnation_in(data: bytes | None) -> int:
