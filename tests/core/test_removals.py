@@ -248,3 +248,22 @@ def test_without_the_rule_the_same_worlds_find_what_came_back() -> None:
         return bool(world.wrong)
 
     assert any(comes_back(seed) for seed in range(20))
+
+
+def test_a_block_is_looked_up_by_its_own_prefixes_and_meets_exactly_what_concerns_it() -> None:
+    """Comparing it with each removal took seconds where a node remembers thousands of them."""
+    rng = random.Random(3)
+    keys = [rng.randbytes(2) for _ in range(40)]
+    tenants = ["", "ann", "bob"]
+    book = RemovalBook()
+    for number in range(300):
+        digits = rng.choice(keys).hex()[: rng.randrange(5)]
+        book.heard(Removal(What(rng.choice([*tenants, None]), digits), f"n{rng.randrange(3)}", number + 1))
+    book.check_integrity()
+    for key in keys:
+        for tenant in tenants:
+            concerning = {removal.name for removal in book if removal.what.concerns(key, tenant)}
+            assert concerning
+            assert {removal.name for removal in book._concerning(key, tenant)} == concerning
+    small = RemovalBook([Removal(What("ann", keys[0].hex()[:2]), "here", 1)])
+    assert [small.holds(key, "ann") for key in keys] == [key[0] == keys[0][0] for key in keys]

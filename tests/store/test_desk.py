@@ -15,6 +15,7 @@ from interlock.core.errors import ChannelFault
 from interlock.host.real import RealHost
 from interlock.store import blocks as blocks_module
 from interlock.store import changes as changes_module
+from interlock.store import control as control_module
 from interlock.store import quarantine as quarantine_module
 from interlock.store.api import Store
 from interlock.store.control import AsyncStoreClient
@@ -39,6 +40,22 @@ def put(rig: Any, tools: Any, count: int, *, start: int = 0, tenant: str = "") -
         data = np.full((count, tools.LAYOUT.block_bytes), start % 251, dtype=np.uint8)
         assert store.put(keys, data, tenant=tenant).stored == count
     return keys
+
+
+async def test_first_questions_that_come_at_once_share_one_connection(
+    rig: Any, control: AsyncStoreClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two that were made at once one would be kept, and nobody would close the other."""
+    rig.node()
+    made, real = [], control_module.connect_channel
+
+    async def connect(*arguments: Any, **options: Any) -> Any:
+        made.append(await real(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(control_module, "connect_channel", connect)
+    await asyncio.gather(control.stats(), control.stats())
+    assert len(made) == 1
 
 
 # --- listings and verbs ------------------------------------------------------------------------------------------

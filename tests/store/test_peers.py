@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from interlock.core import limits
@@ -388,3 +389,65 @@ async def test_a_removal_by_nothing_is_refused_before_any_peer_is_asked(two: tup
     with pytest.raises(ChannelFault, match="name keys, a tenant"):
         await remove(other)
     assert len(one.node.store) == 2
+
+
+async def test_a_peer_that_names_a_block_twice_or_under_no_key_is_read_from_none_the_less(
+    two: tuple[Host, Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = two
+    keys = keys_of(0, 4)
+    one.save(keys, 1)
+    await known(other, keys)
+    locate = one.node.peers._locate
+
+    def oddly(asked: Any) -> Any:
+        found = locate(asked)
+        *whole, last = found.blocks
+        odd = msgspec.structs.replace(last, parent=b"of no block")
+        return msgspec.structs.replace(found, blocks=[*whole, odd, *whole])
+
+    monkeypatch.setattr(one.node.peers, "_locate", oddly)
+    found = await other.match_all(keys)
+    assert len(found) == 3
+    assert all(other.good(key, at) for key, at in zip(keys[:3], found, strict=True))
+
+
+async def test_a_defect_while_a_peer_is_read_from_ends_no_reader_and_its_blocks_are_counted(
+    two: tuple[Host, Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = two
+    tier = other.node.peers
+
+    async def fails(*_: Any) -> None:
+        tier.counters["promoted"] += 5  # the other reader's
+        raise RuntimeError("a defect")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(tier, "_fetch", fails)
+        for number in range(peers.READS_AT_ONCE):
+            keys = keys_of(1000 * number, 2)
+            one.save(keys, 1)
+            await known(other, keys)
+            assert await other.match_all(keys) == []
+    assert other.node.store.counters["internal_errors"] == peers.READS_AT_ONCE
+    failed = "interlock_store_peers_promotions_failed_blocks_total"
+    assert tier.stats()[failed] == 2 * peers.READS_AT_ONCE
+    keys = keys_of(9000, 2)
+    one.save(keys, 1)
+    await known(other, keys)
+    assert len(await other.match_all(keys)) == 2
+
+
+async def test_a_peer_that_holds_the_slab_does_not_keep_the_rest_of_a_node_from_closing(
+    two: tuple[Host, Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, _ = two
+
+    async def held(_: Any) -> None:
+        raise TimeoutError("it is still read by 1 peers; keep its memory")
+
+    with monkeypatch.context() as stuck:
+        stuck.setattr(one.engine, "unregister", held)
+        await one.node.close()
+    assert not one.node._tasks
+    assert one.memory._fd is None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -131,3 +133,68 @@ def test_who_would_wait_inside_a_callback_is_told_so_and_may_close_outside(pair:
     a.close()
     with pytest.raises(LocalProtocolError, match="closed"):
         a.ping("b")
+
+
+def test_a_read_that_is_begun_when_the_loop_is_gone_is_closed(pair: Pair) -> None:
+    a, _, _ = pair
+    (segment,) = a.segments_of("b", "kv", 5)
+    readings, peer = a._engine.loop_bound, a._engine._peers.look("b")
+    assert peer is not None
+    a.close()
+    transfer = readings.begin(peer, [Part(segment, bytearray(4096), [(0, 0, 4096)])], 5.0)
+    assert transfer.wait_outcome(1.0).code == "closed"
+    transfer.wait_release(1.0)
+
+
+def test_an_engine_that_two_threads_close_is_closed_when_either_returns(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, _, _ = pair
+    begun, whole, closed = threading.Event(), a._engine._pulls.close, threading.Event()
+
+    async def slowly() -> None:
+        begun.set()
+        await asyncio.sleep(0.1)
+        await whole()
+        closed.set()
+
+    monkeypatch.setattr(a._engine._pulls, "close", slowly)
+    first = threading.Thread(target=a.close)
+    first.start()
+    assert begun.wait(5)
+    a.close()
+    assert closed.is_set(), "the second ended the loop under the first"
+    first.join(5)
+    assert not first.is_alive()
+
+
+def test_memory_of_a_read_that_its_user_interrupted_is_touched_no_more(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, _, source = pair
+    (segment,) = a.segments_of("b", "kv", 5)
+    here, other = np.zeros(100_000, np.uint8), np.zeros(100_000, np.uint8)
+    prepared = a.prepare([Part(segment, here, [(0, 0, 100_000)])])
+    a.read(prepared, 5)
+    lane = a._engine._peers.look("b").driver.usable[0]  # type: ignore[union-attr]
+    if lane.name.kind != "tcp":
+        pytest.skip("nothing waits for a peer there")
+    for pull in lane.pulls:  # type: ignore[attr-defined]
+        receive = pull.sock.receive_pieces
+
+        def interrupted(pieces: Any, *, patient: bool, receive: Any = receive) -> int:
+            got: int = receive(pieces[:1], patient=patient)
+            if threading.current_thread() is threading.main_thread():
+                raise KeyboardInterrupt
+            return got
+
+        monkeypatch.setattr(pull.sock, "receive_pieces", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        for _ in range(1000):  # while a thread of the pool has the turn, it is carried there
+            a.read(prepared, 5)
+    monkeypatch.undo()
+    here[:] = 0
+    a.read([Part(segment, other, [(0, 0, 100_000)])], 5)
+    assert (other == source[:100_000]).all()
+    assert not here.any()
+    assert not a._engine.loop_bound.under_way

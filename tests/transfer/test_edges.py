@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 
 from interlock.core.errors import LocalProtocolError
+from interlock.host.threads import monotonic_s
 from interlock.membership.directory import StaticDirectory
 from interlock.transfer import pulling
 from interlock.transfer.engine import LaneOptions, Part, TransferEngine, TransferFailed
 from interlock.transfer.lanes.pulling import PullConnection
+from interlock.transfer.lanes.sockets import SocketLane
 from interlock.transfer.outcomes import Outcome, Transfer
 from interlock.transfer.pieces import make_plan
 from interlock.transfer.pulling import Pulls
@@ -335,6 +337,119 @@ async def test_a_peer_to_which_a_write_or_a_notification_is_under_way_is_not_evi
         await hub.open(name, timeout_s=5)
     assert hub._peers.look("p0") is there, "the write's peer was evicted under it"
     assert (await write.outcome()).code == "deadline"
+
+
+async def test_a_peer_that_is_asked_for_a_write_is_needed_from_that_moment_on(yard: Yard) -> None:
+    """Its task begins later, and nobody would ever say that the write's memory is free again."""
+    hub = await yard.make("hub", endpoints_max=1)
+    owner = await yard.make("p0")
+    owner.register(bytearray(100), "kv", takes_writes=True)
+    (target,) = await hub.segments_of("p0", "kv", timeout_s=5)
+    await hub.open("p0", timeout_s=5)
+    write = hub.write(target, hub.register(bytearray(100)), timeout_s=5)
+    with pytest.raises(LocalProtocolError, match="are in use"):
+        hub._meeting.get("p1")
+    assert (await write.outcome()).ok
+    await write.release()
+
+
+async def test_a_read_of_a_peer_that_was_evicted_under_it_does_not_wait_for_its_deadline(yard: Yard) -> None:
+    a, b = await yard.pair()
+    b.register(random_bytes(4096), "kv")
+    (segment,) = await a.segments_of("b", "kv", timeout_s=5)
+    await a.open("b", timeout_s=5)
+    peer = a._peers.look("b")
+    assert peer is not None
+    await a._meeting._evict(peer)
+    transfer = a.loop_bound.begin(peer, [Part(segment, bytearray(4096))], 5.0)
+    async with asyncio.timeout(2):
+        outcome = await transfer.outcome()
+        await transfer.release()
+    assert outcome.code == "unreachable"
+    with pytest.raises(TransferFailed, match="it was closed") as failed:
+        outcome.check()
+    assert failed.value.retryable
+
+
+async def test_a_read_that_another_thread_begins_while_its_engine_closes_is_closed_at_once(
+    yard: Yard,
+) -> None:
+    a, b = await yard.pair()
+    b.register(random_bytes(4096), "kv")
+    (segment,) = await a.segments_of("b", "kv", timeout_s=5)
+    readings, peer = a.loop_bound, a._peers.look("b")
+    assert peer is not None
+    await yard.end("a")
+    transfer = readings.begin(peer, [Part(segment, bytearray(4096))], 5.0)
+    async with asyncio.timeout(2):
+        assert (await transfer.outcome()).code == "closed"
+        await transfer.release()
+
+
+async def test_who_closes_an_engine_a_second_time_waits_for_the_first(yard: Yard) -> None:
+    a, _ = await yard.pair()
+    await a.open("b", timeout_s=5)
+    first = asyncio.create_task(a.close())
+    await asyncio.sleep(0)
+    await a.close()
+    assert first.done(), "close returned while threads were still in buffers"
+
+
+async def test_whoever_only_finds_a_connection_busy_does_not_lose_a_word_that_was_left_meanwhile(
+    yard: Yard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its answer has come, and the thread that was woken for it could not have the turn: nobody would look any more."""
+    a, b = await yard.pair()
+    b.register(random_bytes(4096), "kv")
+    (segment,) = await a.segments_of("b", "kv", timeout_s=5)
+    await a.open("b", timeout_s=5)
+    peer = a._peers.look("b")
+    assert peer is not None
+    lane = peer.driver.usable[0]
+    assert isinstance(lane, SocketLane)
+    (pull, *_) = lane.pulls
+
+    def busy(connection: PullConnection) -> bool:
+        connection.look()  # as the pool does
+        return False
+
+    prepared = a.prepare([Part(segment, bytearray(4096))])
+    transfer = Transfer(prepared.plan, prepared.plan.chunks(1), monotonic_s() + 5, lambda: None)
+    with monkeypatch.context() as asked:
+        asked.setattr(PullConnection, "is_idle", property(busy))
+        assert not pull.carry_here(transfer)
+        assert not pull._again
+        assert pull.read_now(prepared, monotonic_s() + 5) is None
+        assert not pull._again
+
+
+async def test_a_channel_that_is_dialled_while_its_link_closes_is_closed_too(yard: Yard) -> None:
+    """Whoever would close it is cancelled before it has begun."""
+    a, _ = await yard.pair()
+    link = a._meeting.get("b").link
+
+    class Dialled:
+        silent_for_s, peer_process = 0.0, None
+
+        def __init__(self, meanwhile: Callable[[], object]) -> None:
+            self.closed, self._meanwhile = "", meanwhile
+
+        async def close(self) -> None:
+            if not self.closed:
+                self.closed = "closed"
+                self._meanwhile()
+
+    late: Any = Dialled(lambda: None)
+    late.closed = None
+
+    def arrives() -> None:
+        link._adopt(late, dialled=True)
+        link._spawn(link._follow(late))
+
+    early: Any = Dialled(arrives)
+    link._channels.append((early, False))
+    await link.close()
+    assert late.closed == "closed"
 
 
 async def test_a_link_that_was_closed_dials_nobody(yard: Yard) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import threading
@@ -153,3 +154,19 @@ def test_descriptors_that_nobody_asked_for_are_closed_and_end_the_connection(ask
     os.close(writing)
     assert os.read(reading, 1) == b"", "somebody still holds the pipe's other end"
     os.close(reading)
+
+
+def test_a_mapping_for_which_there_is_no_descriptor_is_refused_and_the_connection_goes_on(
+    asker: Asker,
+) -> None:
+    number, source = _register(asker, 1)
+
+    def full(*_: int) -> tuple[bytes, int | None]:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    asker.serve._mapper = full
+    asker.sock.sendall(frames.request(frames.MAP, 0, LIFE, np.array([[number, 0, 1]], np.uint64)))
+    with pytest.raises(ValueError, match="refused"):
+        asker.answer()
+    asker.sock.sendall(asker.question([(number, 0, 100)]))
+    assert asker.answer() == source[:100].tobytes()

@@ -85,7 +85,9 @@ class RemovalBook:
         self._kept_max = kept_max
         self._removals: OrderedDict[Name, tuple[int, Removal]] = OrderedDict()
         """With the number of their last change, in that order."""
-        self._by_tenant: dict[str | None, set[Name]] = {}
+        self._by_what: dict[What, set[Name]] = {}
+        self._lengths: dict[str | None, set[int]] = {}
+        """Of the prefixes that are said of a tenant: a block is looked up by its own prefixes, not compared with all removals."""
         self.number = 0
         """Of the last change in this life."""
         for removal in known:
@@ -185,8 +187,9 @@ class RemovalBook:
     def _concerning(self, key: bytes, tenant: str) -> list[Removal]:
         if not self._removals:
             return []
-        named = [*self._by_tenant.get(tenant, ()), *self._by_tenant.get(None, ())]
-        return [self._removals[name][1] for name in named if name[0].concerns(key, tenant)]
+        digits = key.hex()
+        asked = [What(of, digits[:length]) for of in (tenant, None) for length in self._lengths.get(of, ())]
+        return [self._removals[name][1] for what in asked for name in self._by_what.get(what, ())]
 
     def _put(self, removal: Removal) -> None:
         name = removal.name
@@ -199,9 +202,11 @@ class RemovalBook:
         self.number += 1
         self._removals[name] = self.number, removal
         self._removals.move_to_end(name)
-        self._by_tenant.setdefault(removal.what.tenant, set()).add(name)
+        self._by_what.setdefault(removal.what, set()).add(name)
+        self._lengths.setdefault(removal.what.tenant, set()).add(len(removal.what.prefix))
 
     def check_integrity(self) -> None:
         """Raises `AssertionError` when the two tables differ, or the bound is not kept."""
-        assert {name for names in self._by_tenant.values() for name in names} == set(self._removals)
+        assert {name for names in self._by_what.values() for name in names} == set(self._removals)
+        assert all(len(what.prefix) in self._lengths[what.tenant] for what in self._by_what)
         assert len(self._removals) <= self._kept_max

@@ -58,6 +58,7 @@ def explain_failure(error: BaseException, log: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
+    """The sentence of an error that says what is wrong, for an operator; "" where there is none."""
     text = re.sub(
         r"\s*\[type=\w+, input_value=.*?\]\s*$", "", str(error), flags=re.M
     )  # pydantic's own detail

@@ -101,4 +101,5 @@ class Kept:
 
 
 def page_memory_exact(size_bytes: int) -> memoryview:
+    """Memory that begins at a page, of exactly so many bytes."""
     return page_memory(size_bytes)[:size_bytes]

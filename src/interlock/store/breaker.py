@@ -10,6 +10,8 @@ from interlock.core.limits import BREAKER_FAILURES_MAX, BREAKER_PROBE_SECONDS
 
 
 class Breaker:
+    """Opens after `failures_max` failures in a row; then one attempt each `probe_s` is let through, until one succeeds."""
+
     def __init__(
         self, *, failures_max: int = BREAKER_FAILURES_MAX, probe_s: float = BREAKER_PROBE_SECONDS
     ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import TypeVar
 
@@ -64,6 +65,7 @@ class AsyncStoreClient:
         self._host, self._address, self._me = host, address, me
         self._token, self._timeout_s = token, timeout_s
         self._channel: Channel | None = None
+        self._connecting = asyncio.Lock()
 
     async def stats(self) -> dict[str, float]:
         """The node's counters and gauges by metric name."""
@@ -126,19 +128,25 @@ class AsyncStoreClient:
             self._channel = None
 
     async def _ask(self, body: msgspec.Struct, kind: type[Answer], timeout_s: float | None = None) -> Answer:
-        if self._channel is None or self._channel.closed is not None:
-            self._channel = await connect_channel(
-                self._host,
-                self._address,
-                me=self._me,
-                role=ROLE,
-                accept=NodeMessage,
-                deadline_s=self._timeout_s,
-                token=self._token,
-            )
-        answer = await self._channel.request(body, timeout_s or self._timeout_s)
+        channel = await self._connected()
+        answer = await channel.request(body, timeout_s or self._timeout_s)
         if not isinstance(answer, kind):
             raise RemoteProtocolError(
                 f"the store answered {type(body).__name__} with {type(answer).__name__}"
             )
         return answer
+
+    async def _connected(self) -> Channel:
+        """One connection, also for those that ask first at once."""
+        async with self._connecting:
+            if self._channel is None or self._channel.closed is not None:
+                self._channel = await connect_channel(
+                    self._host,
+                    self._address,
+                    me=self._me,
+                    role=ROLE,
+                    accept=NodeMessage,
+                    deadline_s=self._timeout_s,
+                    token=self._token,
+                )
+            return self._channel

@@ -148,8 +148,11 @@ class KVEvents:
                 await self._tell_disk()
             if self._known == [log.last for log in self._logs]:
                 await self._changed.wait(WAIT_SECONDS)
-            for number, log in enumerate(self._logs):
-                await self._follow(number, log)
+            await self._follow_all()
+
+    async def _follow_all(self) -> None:
+        for number, log in enumerate(self._logs):
+            await self._follow(number, log)
 
     async def _follow(self, number: int, log: ChangeLog) -> None:
         changes = log.since(self._known[number], CHANGES_PER_CALL_MAX)
@@ -189,11 +192,14 @@ class KVEvents:
             )
 
     async def _tell_disk(self) -> None:
-        """All that is on the disk, which is open now. A gap meanwhile is seen by the number that stood here before."""
+        """All that is on the disk, which is open now. It may take long, so what changes is told between two packs."""
         assert self._disk is not None
         self._disk_told = True
         async for stored in self._disk.listing():
             await self._list(stored)
+            await self._follow_all()
+            if not self._disk_told:  # it fell behind nevertheless, and all is told again
+                return
 
     async def _list(self, stored: list[Change]) -> None:
         if stored:

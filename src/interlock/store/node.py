@@ -147,7 +147,9 @@ class Node:
     async def start(self, address: str) -> None:
         """Raises `OSError` when the address cannot be listened on, `DirectoryBusy` when another node has the disk's directory."""
         await self.removals.open()
-        if self.disk is not None:
+        if self.disk is None:
+            self.removals.without_disk()
+        else:
             await self.disk.start()
         if self.peers is not None:
             self.peers.start()

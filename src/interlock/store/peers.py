@@ -20,6 +20,7 @@ import msgspec
 from interlock.core import limits
 from interlock.core.errors import InterlockError
 from interlock.core.layouts import KVLayout
+from interlock.core.prefixes import KEY_BYTES
 from interlock.core.removals import Removal
 from interlock.host.base import Host, SharedMemory
 from interlock.store.blocks import BlockStore
@@ -93,9 +94,13 @@ class PeerTier:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        if self._segment is not None:
-            await self._engine.unregister(self._segment)
-            self._segment = None
+        segment, self._segment = self._segment, None
+        if segment is not None:
+            try:
+                await self._engine.unregister(segment)
+            except TimeoutError as error:
+                # The rest of the node closes; the slab stays mapped as long as somebody looks into it.
+                _log.error("%s", error)
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
         self._tasks.append(asyncio.create_task(work, name=name))
@@ -177,6 +182,8 @@ class PeerTier:
                 pause_s = limits.RECONNECT_SECONDS_MIN
             except (InterlockError, OSError, TimeoutError, msgspec.MsgspecError) as error:
                 _log.info("node %s is not followed now: %s", peer, error)
+            except Exception:  # a defect of ours
+                self._defect(f"following node {peer}")
             self._forget(peer)
             await self._host.clock.sleep_s(pause_s)
             pause_s = min(2 * pause_s, RETRY_SECONDS_MAX)
@@ -253,19 +260,23 @@ class PeerTier:
             keys = [key for key, at in self._wanted.items() if at == peer][: limits.PEER_FETCH_BLOCKS_MAX]
             for key in keys:
                 del self._wanted[key]
-            before = self.counters["promoted"]
             try:
                 await self._fetch(peer, keys)
             except (InterlockError, OSError, TimeoutError, ValueError, msgspec.MsgspecError) as error:
                 _log.info("%d blocks did not come from %s: %s", len(keys), peer, error)
+            except Exception:  # a defect of ours
+                self._defect(f"reading from node {peer}")
             finally:
                 self._coming.difference_update(keys)
-                self.counters["failed"] += len(keys) - (self.counters["promoted"] - before)
-                for (
-                    key
-                ) in keys:  # who did not come is not looked for there again before its owner tells of it anew
-                    if key not in self._store.shelf:
-                        self._where.pop(key, None)
+                missing = [key for key in keys if key not in self._store.shelf]
+                self.counters["failed"] += len(missing)
+                for key in missing:  # it is not looked for there again before its owner tells of it anew
+                    self._where.pop(key, None)
+
+    def _defect(self, doing: str) -> None:
+        """It is counted and said, and must not end the task: peers would be followed, or read from, no more."""
+        self._store.counters["internal_errors"] += 1
+        _log.exception("%s failed", doing)
 
     async def _fetch(self, peer: str, keys: list[bytes]) -> None:
         payload, incarnation = await self._engine.ask(
@@ -275,9 +286,10 @@ class PeerTier:
         if not isinstance(found, BlocksLocated):
             raise Refusal("bad_answer", f"{peer} did not say where its blocks are")
         segment = RemoteSegment(peer, incarnation, found.segment, found.slab_bytes)
-        asked = set(keys)
+        here = {block.key: block for block in found.blocks if len(block.parent) in (0, KEY_BYTES)}
+        there = [here[key] for key in keys if key in here]
         for number, layout in enumerate(found.layouts):
-            blocks = [block for block in found.blocks if block.layout == number and block.key in asked]
+            blocks = [block for block in there if block.layout == number]
             fitting = max(1, limits.DISK_READ_BYTES // layout.block_bytes)
             for at in range(0, len(blocks), fitting):
                 await self._read(segment, found, layout, blocks[at : at + fitting])

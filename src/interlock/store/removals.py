@@ -120,6 +120,10 @@ class Removals:
                 self.book.undo()
         self._wake.set()
 
+    def without_disk(self) -> None:
+        """There is no directory in this life: what is done in it is done in none, also not in that of an earlier life."""
+        self._disk = ""
+
     async def _keep(self) -> None:
         """Raises `OSError`."""
         if self._file is None:
@@ -189,16 +193,19 @@ class Removals:
         return RemovalsTold(self._slab, last, removals)
 
     async def _learn(self, said: Sequence[Removal]) -> None:
+        """All for which there is room; those of names that are known need none. Raises `Refusal` when there was not enough."""
         before = self.book.number
-        try:
-            for removal in said:
+        full: LocalProtocolError | None = None
+        for removal in said:
+            try:
                 self.book.heard(removal)
-        except LocalProtocolError as error:
-            raise Refusal("too_many_removals", str(error)) from error
-        finally:
-            if self.book.number != before:
-                self._wake.set()
-                await self._write_down()
+            except LocalProtocolError as error:
+                full = error
+        if self.book.number != before:
+            self._wake.set()
+            await self._write_down()
+        if full is not None:
+            raise Refusal("too_many_removals", str(full)) from full
 
     async def meet(self, peer: str, meeting: Meeting) -> None:
         """Tells the peer what is new here, and hears what is new there. Raises what `ask` does, and `Refusal`."""
@@ -227,7 +234,11 @@ class Removals:
         """Carries out what was heard of, and what could not be carried out before. Until cancelled."""
         while True:
             for removal in self.book.pending():
-                await self._carry_out(removal)
+                try:
+                    await self._carry_out(removal)
+                except Exception:
+                    # A defect of ours. It stays pending, so nothing of it comes up, and is tried again.
+                    _log.exception("%s could not be carried out", removal.what)
             self._wake.clear()
             if not self.book.pending():
                 await self._wake.wait()

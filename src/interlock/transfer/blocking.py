@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from interlock.core.errors import LocalProtocolError
 from interlock.core.limits import SEGMENT_RELEASE_SECONDS_MAX, TRANSFER_SECONDS_DEFAULT
 from interlock.host.loops import LoopThread
-from interlock.host.threads import monotonic_s
+from interlock.host.threads import Lock, monotonic_s
 from interlock.transfer.engine import TransferEngine
 from interlock.transfer.notices import Notice
 from interlock.transfer.outcomes import Outcome, Transfer, in_callback
@@ -30,6 +30,7 @@ class BlockingTransferEngine:
     """`make` is called on the engine's own loop: `lambda: TransferEngine(host, me, address, …)`. Thread-safe; use `with`."""
 
     def __init__(self, make: Callable[[], TransferEngine]) -> None:
+        self._closing = Lock()
         self._thread = LoopThread("transfer")
         try:
             self._engine = self._thread.call(_make(make), START_SECONDS_MAX)
@@ -123,14 +124,17 @@ class BlockingTransferEngine:
         return self._engine.explain(peer)
 
     def close(self) -> None:
-        """Idempotent. Raises `LocalProtocolError` inside a transfer's callback, which must not wait."""
+        """Idempotent, from any thread. Raises `LocalProtocolError` inside a transfer's callback, which must not wait."""
         if self._thread.loop.is_closed():
             return
         _may_wait()
-        try:
-            self._call(self._engine.close(), START_SECONDS_MAX)
-        finally:
-            self._thread.close()
+        with self._closing:  # a second one would end the loop under the first
+            if self._thread.loop.is_closed():
+                return
+            try:
+                self._call(self._engine.close(), START_SECONDS_MAX)
+            finally:
+                self._thread.close()
 
     def _call(self, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
         try:

@@ -48,6 +48,7 @@ from interlock.wire.transfer_messages import Said, to_wire
 
 LANE_DRAIN_SECONDS = 2.0
 OPENED = ""
+WAS_CLOSED = "it was closed"
 JUDGE_SECONDS_MAX = 1.0
 """How long a lane's connection waits for the messages that pair us; then its dialler comes again."""
 _log = logging.getLogger(__name__)
@@ -110,7 +111,9 @@ class EndpointDriver:
         Each attempt has a deadline of its own, and may have been begun by somebody else long ago: who is still waiting when it ends goes on with
         the next.
         """
-        reason = TOOK_TOO_LONG
+        peer, reason = self.state.peer, TOOK_TOO_LONG
+        if self._closed:  # another took its place while a thread had it in hand
+            raise TransferFailed("unreachable", f"no connection to {peer}: {WAS_CLOSED}", peer=peer)
         while not self.is_connected and reason == TOOK_TOO_LONG:
             waiter: asyncio.Future[str] = asyncio.get_running_loop().create_future()
             self._waiters.add(waiter)
@@ -120,7 +123,6 @@ class EndpointDriver:
             finally:
                 self._waiters.discard(waiter)
             if reason not in (OPENED, TOOK_TOO_LONG):
-                peer = self.state.peer
                 raise TransferFailed("unreachable", f"no connection to {peer}: {reason}", peer=peer)
 
     def tell(self, event: Event) -> None:
@@ -174,7 +176,7 @@ class EndpointDriver:
         for kind in self._kinds.values():
             if isinstance(kind, SocketKind):
                 kind.forget(self.state.peer)
-        self._tell_waiters("it was closed")
+        self._tell_waiters(WAS_CLOSED)
 
     # --- effects ---------------------------------------------------------------------------------------------------
 

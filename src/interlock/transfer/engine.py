@@ -93,6 +93,7 @@ class TransferEngine:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._ticks = Ticks(host.clock, self._peers)
         self._running = False
+        self._closing = asyncio.Lock()
         self._readings: Readings | None = None
         self._writes = Writes()
         self._pulls = Pulls(self.segments, self._read_for)
@@ -151,8 +152,11 @@ class TransferEngine:
 
         Returns when nothing of ours touches any buffer, and no peer is given anything of them.
         """
-        if not self._running:
-            return
+        async with self._closing:  # who closes it a second time waits for the first, too
+            if self._running:
+                await self._close()
+
+    async def _close(self) -> None:
         self._running = False
         self.segments.revoke_all()
         if self._readings is not None:

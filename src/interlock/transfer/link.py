@@ -248,3 +248,6 @@ class PeerLink:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        # A dial may have succeeded meanwhile, and who would close its channel was cancelled before it began.
+        for channel, _ in list(self._channels):
+            await channel.close()

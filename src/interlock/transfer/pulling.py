@@ -107,20 +107,20 @@ class Writes:
         pull = Pull(self._number, target.incarnation, timeout_s, packed.tobytes())
         write = Write(target.owner)
         self._asked[target.owner, pull.number] = (write, target.incarnation)
-        task = asyncio.create_task(self._ask(write, pull, timeout_s, peer))
+        peer.begin_use()  # before its task begins: until then another's endpoint could take the place of this one
+        task = asyncio.create_task(self._ask(write, pull, monotonic_s() + timeout_s, peer))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+
+        def done(_: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            self._asked.pop((write.peer, pull.number), None)
+            peer.end_use()
+
+        task.add_done_callback(done)
         return write
 
-    async def _ask(self, write: Write, pull: Pull, timeout_s: float, peer: Peer) -> None:
-        deadline_s = monotonic_s() + timeout_s
-        try:
-            with peer.used():
-                await self._ask_until_released(write, pull, deadline_s, peer)
-        finally:
-            self._asked.pop((write.peer, pull.number), None)
-
-    async def _ask_until_released(self, write: Write, pull: Pull, deadline_s: float, peer: Peer) -> None:
+    async def _ask(self, write: Write, pull: Pull, deadline_s: float, peer: Peer) -> None:
+        """Until it is released."""
         while not write.released:
             left_s = deadline_s - monotonic_s()
             if left_s <= 0:

@@ -21,6 +21,7 @@ from interlock.transfer.prepared import PreparedRead
 TRY_SECONDS_MIN = 0.005
 TRY_SECONDS_MAX = 0.2
 Wanted = Sequence[Part] | PreparedRead
+CLOSED = "this engine was closed"
 WAYS = 2
 """Connections at a time that a large transfer is cut for; more gain nothing on one path."""
 
@@ -32,6 +33,7 @@ class Readings:
         self._loop = asyncio.get_running_loop()
         self._tasks: dict[Transfer, asyncio.Task[None]] = {}
         self.under_way: set[Transfer] = set()
+        self._closed = False
 
     def begin(self, peer: Peer, what: Wanted, timeout_s: float, *, here: bool = False) -> Transfer:
         """From any thread; `here`: this thread may do the work itself. Raises `LocalProtocolError` for pieces that cannot be."""
@@ -45,14 +47,18 @@ class Readings:
                 if took:
                     break
         if transfer.is_stranded():
-            self._loop.call_soon_threadsafe(self._rescue, transfer, peer)
+            self._strand(transfer, peer)
         return transfer
 
     def watch(self, peer: Peer, transfer: Transfer) -> None:
         """Its deadline, on the loop."""
         left_s = max(0.0, transfer.deadline_s - monotonic_s())
         timer = self._loop.call_later(left_s, self.expire, peer, transfer)
-        transfer.when_released(lambda: self._on_loop(timer.cancel))
+
+        def released() -> None:
+            self._on_loop(timer.cancel)
+
+        transfer.when_released(released)
 
     def expire(self, peer: Peer, transfer: Transfer) -> None:
         """The deadline of that transfer has passed: it fails by name, unless it is over."""
@@ -67,9 +73,10 @@ class Readings:
         )
 
     async def close(self) -> None:
-        """Ends all with "closed"."""
+        """Ends all with "closed", also those that another thread begins meanwhile."""
+        self._closed = True
         for transfer in list(self.under_way):
-            transfer.fail("closed", "this engine was closed")
+            transfer.fail("closed", CLOSED)
         for task in list(self._tasks.values()):
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
@@ -88,7 +95,7 @@ class Readings:
         transfer: Transfer
 
         def stranded() -> None:
-            self._on_loop(self._rescue, transfer, peer)
+            self._strand(transfer, peer)
 
         def released() -> None:
             self.under_way.discard(transfer)
@@ -102,11 +109,18 @@ class Readings:
         transfer.when_released(released)
         return transfer
 
-    def _on_loop(self, call: Any, *arguments: Any) -> None:
+    def _strand(self, transfer: Transfer, peer: Peer) -> None:
+        """From any thread: somebody has to find another way for it."""
+        if not self._on_loop(self._rescue, transfer, peer):
+            transfer.fail("closed", CLOSED)
+
+    def _on_loop(self, call: Any, *arguments: Any) -> bool:
+        """False: the loop is closed."""
         try:
             self._loop.call_soon_threadsafe(call, *arguments)
-        except RuntimeError:  # the loop is closed: nobody waits any more
-            return
+        except RuntimeError:
+            return False
+        return True
 
     def _is_theirs(self, peer: Peer, plan: Plan) -> bool:
         theirs = peer.driver.state.theirs
@@ -114,6 +128,9 @@ class Readings:
 
     def _rescue(self, transfer: Transfer, peer: Peer) -> None:
         if transfer in self._tasks or not transfer.is_stranded():
+            return
+        if self._closed:  # it was begun by another thread while the engine closed
+            transfer.fail("closed", CLOSED)
             return
         task = self._tasks[transfer] = asyncio.create_task(self._find_way(transfer, peer))
         task.add_done_callback(lambda _: self._ended(transfer, peer))

@@ -111,3 +111,30 @@ def test_every_request_gets_all_its_tokens_within_memory_whatever_comes_and_goes
             break
     assert {key: made_tokens[key] for key in wanted} == wanted
     assert not made.requests
+
+
+def test_blocks_of_a_request_that_no_token_can_be_chosen_for_are_not_saved() -> None:
+    """Its KV may be no numbers: whoever loaded it, with the same prompt, would fail as well, again and again."""
+    saved = []
+
+    class Blocks:
+        def lookup(self, *_: Any) -> None: ...
+
+        def completed(self, key: str, *_: Any) -> bytes:
+            saved.append(key)
+            return b"orders"
+
+        def ended(self, key: str) -> None: ...
+
+    blocks: Any = Blocks()
+    made = Scheduler(scheduler().limits, blocks)
+    made.add(request("good", BLOCK))
+    made.add(request("poisoned", BLOCK, order=1))
+    made.admit(None)
+    step = made.plan()
+    assert step is not None
+    assert {chunk.key for chunk in step.chunks} == {"good", "poisoned"}
+    made.advance(step, {"good": (7, None)}, {"poisoned"})
+    assert saved == ["good"]
+    assert made.remove("poisoned")
+    made.check_integrity()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from interlock.store import changes
-from interlock.store.kv_events import AllBlocksCleared, BlockStored, EventBatch
+from interlock.store.kv_events import AllBlocksCleared, BlockStored, EventBatch, KVEvents
 from interlock.wire.store_messages import Remove
 
 PATIENCE_S = 10.0
@@ -178,3 +178,29 @@ def test_who_follows_a_log_that_was_cut_has_a_gap_and_who_begins_behind_it_has_n
     log.append(change)
     assert log.since(4, 9) == [change]
     assert log.since(3, 9) is None
+
+
+async def test_changes_are_told_while_a_large_disk_is_being_listed(base: Path, packs: Any) -> None:
+    """Told only afterwards they would be forgotten by then, all would be told again, and so on for ever."""
+    async with packs.NodeLife(base, 1) as life:
+        shelf, router = life.store.shelf, Router()
+        shelf.changes = changes.ChangeLog(kept_max=8)
+        above, below = packs.chain(20, "above"), packs.chain(20, "below")
+
+        class Lower:
+            is_open = True
+
+            async def listing(self) -> AsyncIterator[list[changes.Change]]:
+                for one, other in zip(above, below, strict=True):
+                    shelf.changes.append(changes.Change(changes.ChangeKind.STORED, one, b"", 4))
+                    yield [changes.Change(changes.ChangeKind.STORED, other, b"", 4, medium=changes.DISK)]
+
+        publisher: Any = router
+        events = KVEvents(life.host, shelf, publisher, disk=(Lower(), changes.ChangeLog()))
+        telling = asyncio.create_task(events.run())
+        try:
+            await eventually(lambda: router.at("STORAGE") == set(below) and router.at("CPU") == set(above))
+            assert router.cleared == 1, "it fell behind"
+        finally:
+            telling.cancel()
+            await asyncio.gather(telling, return_exceptions=True)

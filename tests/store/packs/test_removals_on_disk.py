@@ -6,20 +6,24 @@ import asyncio
 import errno
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from interlock.core import limits
 from interlock.core.errors import InterlockError
-from interlock.core.removals import EVERYTHING, What
+from interlock.core.removals import EVERYTHING, Removal, RemovalBook, What
 from interlock.host.blocking import BlockingHost
 from interlock.host.real import RealHost
 from interlock.host.state_file import StateFile
 from interlock.store.control import AsyncStoreClient
+from interlock.store.node import Node
 from interlock.store.packs.files import PackFiles
-from interlock.store.removals import FILE
-from interlock.wire.identity import passing_identity
+from interlock.store.packs.reader import Promoter
+from interlock.store.packs.staging import Staging
+from interlock.store.removals import FILE, KIND, TellRemovals
+from interlock.wire.identity import Identity, passing_identity
 from interlock.wire.store_messages import Clear, Done, Remove
 
 PATIENCE_S = 10.0
@@ -193,6 +197,82 @@ async def test_in_another_directory_of_packs_nothing_is_done_yet(base: Path, pac
     async with node_life(packs, base, 3, disk="old") as life:
         await all_done(life)
         assert await life.load(ann) == 0
+
+
+async def test_what_was_removed_in_a_life_without_a_disk_does_not_come_back_from_the_disk_of_the_next(
+    base: Path, packs: Any
+) -> None:
+    ann, bob = packs.chain(3, "ann"), packs.chain(3, "bob")
+    async with node_life(packs, base, 1) as life:
+        assert (await removed(life, "carl")).missed == [], "now the file names the directory of this life"
+        life.publish(ann, tenant="ann")
+        await life.save(bob, tenant="bob")
+    host = RealHost()
+    memory = host.create_memory("test", 64 * packs.PAGE)
+    kept = StateFile(host.files, base / FILE, KIND, limits.REMOVALS_FILE_BYTES_MAX)
+    node = Node(host, Identity("n", 2, b"n"), memory, 3, removals=kept)
+    try:
+        await node.start(f"unix:{base}/2.sock")
+        assert (await node.removals.everywhere(Remove("ann"))).missed == []
+    finally:
+        await node.close()
+        host.close()
+    async with node_life(packs, base, 3) as life:
+        await all_done(life)
+        assert await life.load(ann) == 0
+        assert await life.load(bob) == 3
+
+
+async def test_a_node_that_remembers_all_it_can_still_hears_of_what_needs_no_room(
+    base: Path, packs: Any
+) -> None:
+    async with node_life(packs, base, 1) as life:
+        removals = life.node.removals
+        known = Removal(What("ann", ""), "m", 1, done=True)
+        removals.book = RemovalBook([known], kept_max=1)
+        said = [Removal(What("bob", ""), "m", 2), Removal(What("ann", ""), "m", 3)]
+        with pytest.raises(InterlockError, match="removals are remembered here"):
+            await removals.told(TellRemovals(0, 0, said))
+        assert removals.book.get(known.name).epoch == 3
+        await all_done(life)
+
+
+async def test_a_defect_in_a_removal_does_not_keep_the_next_try_from_carrying_it_out(
+    base: Path, packs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with node_life(packs, base, 1) as life:
+        removals = life.node.removals
+        sweep, failed = removals._sweep, []
+
+        async def fails(what: What) -> tuple[int, bool]:
+            if not failed:
+                failed.append(what)
+                raise RuntimeError("a defect")
+            swept: tuple[int, bool] = await sweep(what)
+            return swept
+
+        monkeypatch.setattr(removals, "_sweep", fails)
+        await removals.told(TellRemovals(0, 0, [Removal(What("ann", ""), "m", 1)]))
+        await all_done(life)
+        assert failed == [What("ann", "")]
+
+
+async def test_who_waits_for_promotions_does_not_wait_for_those_that_are_asked_for_anew() -> None:
+    """Blocks that find no room are asked for again and again: a removal would never be over."""
+    one, other = b"1" * 32, b"2" * 32
+
+    class Clock:
+        looks = 0
+
+        async def sleep_s(self, _: float) -> None:
+            self.looks += 1
+            assert self.looks < 10, "each was given up once, and it waits still"
+            promoter._coming = {one} if self.looks % 2 else {other}
+
+    state: Any = SimpleNamespace(host=SimpleNamespace(clock=Clock()))
+    promoter = Promoter(state, Staging(0))
+    promoter._coming = {one, other}
+    await promoter.settled()
 
 
 async def test_a_file_of_removals_that_is_spoilt_has_everything_removed_and_is_set_aside(

@@ -10,17 +10,21 @@ from interlock.engines.base import Capabilities, Progress, RequestState, Work
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    pass
+    """What is said between a lockstep engine, its leader and its ranks; what has fields it does not know is refused."""
 
 
 # --- a leader's ------------------------------------------------------------------------------------------------------
 
 
 class FenceWord(Message, frozen=True):
+    """To a rank: one life of the leader begins; nothing of an earlier one counts any more."""
+
     word: lockstep.Fence
 
 
 class GrantWord(Message, frozen=True):
+    """To a rank: take this step."""
+
     word: lockstep.Grant
 
 
@@ -101,14 +105,18 @@ class Made(Message, frozen=True):
 
 
 class Done(Message, frozen=True):
-    pass
+    """A question that asks for nothing but that it was done, was."""
 
 
 class Taken(Message, frozen=True):
+    """Answers that a request be taken out: its whole state."""
+
     state: RequestState
 
 
 class StatesPage(Message, frozen=True):
+    """Some of the states asked for; `more`: another page follows."""
+
     states: list[RequestState]
     more: bool
 

@@ -139,7 +139,7 @@ class Loop(AskedThread):
     def _execute(self, step: Step) -> None:
         logits = self.ranks.do(step)
         chosen, failed = choose(self.scheduler.running, logits)
-        told = self.scheduler.advance(step, chosen)
+        told = self.scheduler.advance(step, chosen, failed)
         for key, why in failed.items():
             self.remove(key)
             self.tell(key, Progress([], [], "error", 0, why))

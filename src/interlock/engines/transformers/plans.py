@@ -10,7 +10,7 @@ import msgspec
 
 
 class Command(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    pass
+    """What rank 0 tells the other ranks to do; what has fields they do not know is refused."""
 
 
 class Chunk(msgspec.Struct, frozen=True, array_like=True):
@@ -93,10 +93,12 @@ _decoder = msgspec.msgpack.Decoder(AnyCommand)
 
 
 def encode(command: AnyCommand) -> bytes:
+    """One command, as it is sent from rank to rank."""
     return _encoder.encode(command)
 
 
 def decode(data: bytes) -> AnyCommand:
+    """Raises `msgspec.MsgspecError` for what is no command."""
     return _decoder.decode(data)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import msgspec
@@ -257,9 +257,15 @@ class Scheduler:
         return max(0, end - start)
 
     def advance(
-        self, step: Step, chosen: dict[str, tuple[int, TokenLogprobs | None]]
+        self,
+        step: Step,
+        chosen: dict[str, tuple[int, TokenLogprobs | None]],
+        failed: Container[str] = (),
     ) -> list[tuple[Request, Progress]]:
-        """Books what the step computed and the tokens chosen from its answers; what each request has to tell."""
+        """Books what the step computed and the tokens chosen from its answers; what each request has to tell.
+
+        Of requests that `failed` nothing is saved: what gave them no token would give none to whoever loaded it.
+        """
         if self._blocks is not None and step.drops:
             kept = {request.key for request in self.requests}
             for key in step.drops:
@@ -282,7 +288,8 @@ class Scheduler:
                     Progress([token], [logprobs] if logprobs else [], finish, request.cached_tokens, detail),
                 )
             )
-        self._save_whole_blocks([*(c.key for c in step.chunks), *(k for k, _ in step.decode)])
+        computed = [*(c.key for c in step.chunks), *(k for k, _ in step.decode)]
+        self._save_whole_blocks([key for key in computed if key not in failed])
         for request, progress in told:
             if progress.finish:
                 del self.running[request.key]

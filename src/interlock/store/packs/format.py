@@ -134,6 +134,7 @@ def _header(number: int, layout: KVLayout, blocks: Sequence[PackBlock], room: in
 
 
 def encode_foot(number: int, size: int, header: bytes) -> bytes:
+    """The last page of a pack: its number, size and header's checksum, with a checksum of its own. `decode_foot` reads it."""
     words = _FOOT.pack(_MAGIC, number, size, len(header), xxhash.xxh3_128_digest(header))
     return (words + xxhash.xxh3_64_digest(words)).ljust(FOOT_BYTES, b"\x00")
 

@@ -54,8 +54,8 @@ class Promoter:
 
     async def settled(self) -> None:
         """Until what is coming now is here or given up."""
-        now = set(self._coming)
-        while now & self._coming:
+        left = set(self._coming)
+        while left := left & self._coming:  # who was asked for anew since is another's to wait for
             await self._state.host.clock.sleep_s(limits.PROMOTION_POLL_SECONDS)
 
     def ask(self, keys: Sequence[bytes]) -> int:

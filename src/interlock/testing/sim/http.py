@@ -43,8 +43,8 @@ class HttpTransport(asyncio.Transport):
         self._protocol.connection_made(self)
         halves = [asyncio.create_task(self._read()), asyncio.create_task(self._write())]
         try:
-            done, _ = await asyncio.wait(halves, return_when=asyncio.FIRST_COMPLETED)
-            error = next(iter(done)).result()
+            await asyncio.wait(halves, return_when=asyncio.FIRST_COMPLETED)
+            error = next(half for half in halves if half.done()).result()
         finally:
             for half in halves:
                 half.cancel()

@@ -60,6 +60,8 @@ def place_of(memory: Memory) -> tuple[str, int]:
 
 
 class NixlKind(TcpKind):
+    """Lanes over one NIXL agent of this process; what NIXL cannot reach falls back to the next lane."""
+
     kind = "nixl"
     rank = 1
 

@@ -121,9 +121,7 @@ class PullConnection(Connection):
                 return False
             self._carry_to_end(transfer)
         finally:
-            self._turn.release()
-        if self._again:
-            self.look()
+            self._end_turn()
         return True
 
     def read_now(self, prepared: PreparedRead, deadline_s: float) -> Outcome | None:
@@ -137,10 +135,14 @@ class PullConnection(Connection):
             self._carry_to_end(read)
             assert read.has_left, "a connection kept a read that nobody waits for"
         finally:
-            self._turn.release()
+            self._end_turn()
+        return read.outcome(self._kind)
+
+    def _end_turn(self) -> None:
+        """However short it was: who came meanwhile left word, and counts on it."""
+        self._turn.release()
         if self._again:
             self.look()
-        return read.outcome(self._kind)
 
     def _carry_to_end(self, read: _Read) -> None:
         """In the turn, until the connection is through with it, or ended."""
@@ -163,6 +165,12 @@ class PullConnection(Connection):
                     poll.register(self.sock.fileno(), events)
                     armed = wanted
                 poll.poll(int(BULK_PATIENCE_SECONDS * 1000))
+        except BaseException as error:
+            # A thread of the user's may be interrupted anywhere, also before what the kernel moved was noted: the stream is of no more use.
+            read.fail("cancelled", f"the thread that read was interrupted by {type(error).__name__}")
+            self._ending = self._ending or "the thread that read over it was interrupted"
+            self._finish()
+            raise
         finally:
             self._is_here = False
         if self._is_over():

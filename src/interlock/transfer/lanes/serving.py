@@ -160,7 +160,10 @@ class ServeConnection(Connection):
         if kind == frames.MAP:
             if self._mapper is None:
                 raise PieceRefused("refused", "this lane maps nothing")
-            detail, self._fd = self._mapper(int(frames.read_rows(heard)[0, 0]), incarnation)
+            try:
+                detail, self._fd = self._mapper(int(frames.read_rows(heard)[0, 0]), incarnation)
+            except OSError as error:  # no descriptor left: its bytes are asked for over the connection
+                raise PieceRefused("refused", f"no mapping can be handed over now: {error}") from error
             self._head = memoryview(frames.answer(number, 0, detail))
             return
         placed = self._place(heard, incarnation)

@@ -38,6 +38,8 @@ NONCE_BYTES = 16
 
 
 class ShmOffer(msgspec.Struct, frozen=True, array_like=True):
+    """What an owner says so that a peer can tell whether it is on the same machine, and where to ask."""
+
     boot: str
     path: str
     secret: bytes
@@ -47,6 +49,8 @@ _offers = msgspec.msgpack.Decoder(ShmOffer)
 
 
 class ShmKind(SocketKind):
+    """Lanes between processes of one machine: a mapped segment, else `process_vm_readv` where it is permitted."""
+
     kind = "shm"
     rank = 0
 

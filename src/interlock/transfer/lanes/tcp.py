@@ -18,6 +18,8 @@ from interlock.transfer.lanes.sockets import SocketKind
 
 
 class TcpOffer(msgspec.Struct, frozen=True, array_like=True):
+    """Where an owner listens, and the secret that a peer has to know."""
+
     host: str
     port: int
     secret: bytes
