@@ -168,17 +168,17 @@ def test_an_engine_that_two_threads_close_is_closed_when_either_returns(
     assert not first.is_alive()
 
 
+@pytest.mark.parametrize("pair", ["tcp"], indirect=True)
 def test_memory_of_a_read_that_its_user_interrupted_is_touched_no_more(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Over TCP: through shared memory nothing waits for the peer."""
     a, _, source = pair
     (segment,) = a.segments_of("b", "kv", 5)
     here, other = np.zeros(100_000, np.uint8), np.zeros(100_000, np.uint8)
     prepared = a.prepare([Part(segment, here, [(0, 0, 100_000)])])
     a.read(prepared, 5)
     lane = a._engine._peers.look("b").driver.usable[0]  # type: ignore[union-attr]
-    if lane.name.kind != "tcp":
-        pytest.skip("nothing waits for a peer there")
     for pull in lane.pulls:  # type: ignore[attr-defined]
         receive = pull.sock.receive_pieces
 
